@@ -1,0 +1,318 @@
+"""Factors are exact: A and G against autograd, position by position, in float64 on every class of model; and nothing about the batch changes them.
+
+Tolerance: both sides are float64 sums of a few hundred products in another order, so 1e-9 relative (to the largest entry) leaves six digits of slack."""
+import gc
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import ALL, LMS, V, tiny, tiny_inputs
+
+from curvtools.kfac import Factors, OuterSum, collect, next_token_labels, row_uniforms, sample_labels, split_head
+from curvtools.targets import find_targets, weight
+
+RTOL = 1e-9
+
+
+def near(a, b, rtol=RTOL): return (a - b).abs().max() <= rtol * b.abs().max()
+
+
+def reference(model, sequences, select="all"):
+    "A and G by looping over sequences and positions: `sequences` is a list of (ids [T], labels [T], -100 where masked), never padded."
+    targets = find_targets(model, select)
+    A = {t.name: torch.zeros(t.d_in, t.d_in, dtype=torch.float64) for t in targets}
+    G = {t.name: torch.zeros(t.d_out, t.d_out, dtype=torch.float64) for t in targets}
+    count = 0
+    for ids, labels in sequences:
+        read, made = {}, {}
+        def hook(name): return lambda m, args, out: (read.update({name: args[0]}), made.update({name: out}))[2:] or None
+        handles = [model.get_submodule(t.name).register_forward_hook(hook(t.name)) for t in targets]
+        logits = model(input_ids=ids[None]).logits[0]                              # [T, V], the last position is fed here
+        for h in handles: h.remove()
+        loss = sum(F.cross_entropy(logits[t], labels[t + 1]) for t in range(len(ids) - 1) if labels[t + 1] != -100)
+        grads = dict(zip(made, torch.autograd.grad(loss, list(made.values()))))
+        for t in range(len(ids) - 1):
+            if not (labels[t + 1:] != -100).any(): continue                        # nothing here or later counts
+            count += 1
+            for n in A:
+                a, g = read[n].reshape(len(ids), -1)[t].detach(), grads[n].reshape(len(ids), -1)[t]
+                A[n] += torch.outer(a, a); G[n] += torch.outer(g, g)
+    return {n: (A[n] / count, G[n] / count, count) for n in A}
+
+
+def check(factors, want, rtol=RTOL):
+    for n, (A, G, count) in want.items():
+        assert factors[n].count == count, n
+        assert near(factors[n].A, A, rtol), f"A of {n}"
+        assert near(factors[n].G, G, rtol), f"G of {n}"
+
+
+def sequences(lengths=(9, 6, 11, 4), prompts=(0, 0, 0, 0), seed=0):
+    "Random ids with random labels ('sampled' elsewhere, so that no sampling noise enters); the first `prompt` labels are masked."
+    g, out = torch.Generator().manual_seed(seed), []
+    for T, p in zip(lengths, prompts):
+        ids, labels = torch.randint(3, V, (T,), generator=g), torch.randint(3, V, (T,), generator=g)
+        labels[:p] = -100
+        out.append((ids, labels))
+    return out
+
+
+def pad(seqs, side="right", width=None, filler=0):
+    width = width or max(len(i) for i, _ in seqs)
+    def put(x, fill): z = x.new_full((width - len(x),), fill); return torch.cat([x, z] if side == "right" else [z, x])
+    return dict(input_ids=torch.stack([put(i, filler) for i, _ in seqs]), labels=torch.stack([put(l, -100) for _, l in seqs]),
+                attention_mask=torch.stack([put(torch.ones_like(i), 0) for i, _ in seqs]))
+
+
+@pytest.mark.parametrize("name", LMS)
+def test_factors_equal_autograd(name):
+    model, seqs = tiny(name), sequences(prompts=(0, 3, 5, 0))
+    want = reference(model, seqs)
+    kw = dict(targets="all", labels="data", progress=False)
+    check(collect(model, [pad([s]) for s in seqs], **kw), want)                                    # one by one
+    check(collect(model, [pad(seqs)], **kw), want)                                                 # one ragged batch, padded right
+    check(collect(model, [pad(seqs, "left")], **kw), want)                                         # padded left
+    check(collect(model, [pad(seqs[2:], "left", 14), pad(seqs[:2], "right", 12)], **kw), want)     # other sizes, order, padding
+
+
+def test_vit_factors_equal_autograd():
+    model, x = tiny("vit"), tiny_inputs("vit", 4)["pixel_values"]
+    y, targets = torch.tensor([0, 3, 4, 1]), find_targets(model, "all")
+    for tokens in ("cls", "all"):
+        got = collect(model, [dict(pixel_values=x[:3], labels=y[:3]), dict(pixel_values=x[3:], labels=y[3:])], targets="all", labels="data", tokens=tokens, progress=False)
+        for t in targets:
+            A = G = n = 0
+            for i in range(4):
+                kept = {}
+                h = model.get_submodule(t.name).register_forward_hook(lambda m, a, out: kept.update(a=a[0], out=out))
+                loss = F.cross_entropy(model(pixel_values=x[i:i + 1]).logits, y[i:i + 1]); h.remove()
+                g, = torch.autograd.grad(loss, kept["out"])
+                for s in range(1 if tokens == "cls" else g.shape[1]):
+                    A, G, n = A + torch.outer(kept["a"][0, s], kept["a"][0, s]).detach(), G + torch.outer(g[0, s], g[0, s]), n + 1
+            assert got[t.name].count == n and near(got[t.name].A, A / n) and near(got[t.name].G, G / n), (t.name, tokens)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3"])
+def test_sampled_labels_do_not_depend_on_batching(name):
+    model, seqs = tiny(name), sequences()
+    kw = dict(targets="all", progress=False, seed=3)
+    clean = [dict(d, labels=d["input_ids"].masked_fill(d["attention_mask"] == 0, -100)) for d in (pad([s]) for s in seqs)]
+    want = collect(model, clean, **kw)
+    for other in ([pad(seqs)], [pad(seqs, "left", 15)], [pad(seqs[1:]), pad(seqs[:1])]):
+        got = collect(model, [{k: v for k, v in b.items() if k != "labels"} for b in other], **kw)
+        for n in want: assert near(got[n].A, want[n].A) and near(got[n].G, want[n].G)
+    other = collect(model, clean, targets="all", progress=False, seed=4)
+    assert not near(other[next(iter(want))].G, want[next(iter(want))].G, 1e-3)      # another seed, other labels
+    assert all(torch.equal(collect(model, clean, **kw)[n].G, want[n].G) for n in list(want)[:1])
+
+
+def test_labels_on_padding_do_not_reach_real_positions():
+    "Others' bug: sampling on padding too, whose loss flows back through attention. Here the padding's content and length change nothing; the faulty way, made on purpose, does."
+    model, seqs = tiny("llama"), sequences((7,))
+    factors = [collect(model, [{k: v for k, v in pad(seqs, "right", w, f).items() if k != "labels"}], progress=False) for w, f in ((7, 0), (32, 0), (32, 5))]
+    n = "model.layers.1.mlp.up_proj"
+    for f in factors[1:]: assert f[n].count == 6 and near(f[n].G, factors[0][n].G)
+    faulty = pad(seqs, "right", 32); faulty.pop("attention_mask"); faulty["labels"] = torch.full((1, 32), 4); faulty["labels"][:, :7] = seqs[0][1]
+    leak = collect(model, [faulty], labels="data", progress=False)[n].G
+    assert not near(leak, factors[0][n].G, .01)
+
+
+def test_masked_prompt_positions_are_counted():
+    "The prompt carries gradient through attention: dropping its positions would give other factors."
+    model = tiny("llama")
+    seqs = sequences((10,), (6,))
+    got = collect(model, [pad(seqs)], labels="data", progress=False)
+    assert got.tokens == 9                                                           # not 4
+    tail = seqs[0][1].clone(); tail[8:] = -100                                       # nothing counts after position 6
+    assert collect(model, [dict(input_ids=seqs[0][0][None], labels=tail[None])], labels="data", progress=False).tokens == 7
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_repeated_input_gives_the_exact_block_fisher(name):
+    "One datum, one position: K-FAC is no approximation, G (x) A is the Fisher block of the weight, through every nonlinearity above it."
+    model = tiny(name)
+    x = dict(input_ids=torch.tensor([[5, 9]])) if name != "vit" else tiny_inputs("vit", 1)
+    targets = [t for t in find_targets(model, "all") if name != "vit" or (t.block == 2 and t.projection in ("fc1", "fc2", "o"))]   # ViT: where only CLS carries gradient
+    f = collect(model, [x] * 3, targets=[t.name for t in targets], labels="exact", progress=False)
+    for t in targets:
+        p = model.get_submodule(t.name).weight
+        with torch.enable_grad():
+            logits = model(**x).logits.reshape(-1, model.config.vocab_size if name != "vit" else 5)[0]
+            logp = logits.log_softmax(-1)
+            grads = [torch.autograd.grad(l, p, retain_graph=True)[0] for l in logp]
+        rows = torch.stack([(g.T if t.layout == "conv1d" else g).flatten() for g in grads])          # [V, d_out d_in]
+        exact = rows.T @ (logp.exp().detach()[:, None] * rows)
+        assert near(torch.kron(f[t.name].G, f[t.name].A), exact), t.name
+
+
+def test_monte_carlo_agrees_with_exact_within_its_error():
+    "200 seeds; v^T G v for eight directions lies within four standard errors of the exact value."
+    model, ids, n = tiny("llama"), sequences((8,))[0][0][None], "model.layers.2.mlp.down_proj"
+    kw = dict(targets=n, progress=False)
+    exact = collect(model, [ids], labels="exact", **kw)[n].G
+    v = torch.randn(8, exact.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q = torch.stack([((v @ collect(model, [ids], seed=s, **kw)[n].G) * v).sum(1) for s in range(200)])      # [200, 8]
+    z = (q.mean(0) - ((v @ exact) * v).sum(1)) / (q.std(0) / 200**.5)
+    assert z.abs().max() < 4, z
+
+
+def test_exact_equals_the_sum_over_labels_with_attention():
+    "On three positions and a small vocabulary: enumerate every joint labelling, weigh it by its probability, average g g^T."
+    model, ids = tiny("llama"), torch.tensor([[4, 7, 11]])
+    n, K = "model.layers.1.mlp.gate_proj", 5
+    model.lm_head.weight.data = model.lm_head.weight.data[:K].clone(); model.lm_head.out_features = K; model.config.vocab_size = K
+    got = collect(model, [ids], targets=n, labels="exact", progress=False)[n].G
+    kept = {}
+    h = model.get_submodule(n).register_forward_hook(lambda m, a, out: kept.update(out=out))
+    logp = model(input_ids=ids).logits[0, :2].log_softmax(-1); h.remove()
+    want = 0
+    for a in range(K):
+        for b in range(K):
+            g, = torch.autograd.grad(-(logp[0, a] + logp[1, b]), kept["out"], retain_graph=True)
+            want = want + (logp[0, a] + logp[1, b]).exp().detach() * torch.einsum("ti,tj->ij", g[0, :2], g[0, :2]) / 2
+    assert near(got, want)
+
+
+def test_logits_that_are_processed_after_the_head():
+    "Soft-capped logits are not head(trunk(x)): collect must notice and go the long way."
+    import transformers as tf
+    torch.manual_seed(0)
+    cfg = tf.Gemma2Config(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+                          max_position_embeddings=64, final_logit_softcapping=2., attn_logit_softcapping=None)
+    model = tf.Gemma2ForCausalLM(cfg).double().eval()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=.4)
+    assert not split_head(model, dict(input_ids=torch.tensor([[3, 4, 5]])))[2]
+    seqs = sequences((6, 8))
+    check(collect(model, [pad(seqs)], targets="all", labels="data", progress=False), reference(model, seqs))
+
+
+def test_chunking_the_head_changes_nothing():
+    model, ids = tiny("qwen2"), torch.randint(3, V, (3, 10), generator=torch.Generator().manual_seed(0))
+    a, b = (collect(model, [ids], chunk=c, progress=False) for c in (4, 1000))
+    for n in a: assert near(a[n].G, b[n].G)
+
+
+def test_low_precision_models_accumulate_in_float32():
+    model, ids = tiny("llama", torch.bfloat16), torch.randint(3, V, (4, 16), generator=torch.Generator().manual_seed(0))
+    f = collect(model, [ids], labels="data", progress=False)
+    assert all(x.A.dtype == x.G.dtype == torch.float32 for x in f.values())
+    exact = collect(model.double(), [ids], labels="data", progress=False)            # the same (rounded) weights, computed in float64
+    for n in f: assert near(f[n].A.double(), exact[n].A, .05) and near(f[n].G.double(), exact[n].G, .1)   # bf16 has 8 bits: 0.4 % a rounding, a few roundings deep
+    ones = OuterSum(1, torch.bfloat16)
+    for _ in range(1000): ones.add(torch.ones(1, 1, dtype=torch.bfloat16))
+    assert ones.sum.item() == 1000                                                   # a bf16 sum stops at 256
+
+
+def test_only_the_graph_above_the_lowest_target(monkeypatch):
+    "No weight gets a gradient, and the blocks below the lowest target see no graph."
+    model, seen = tiny("llama"), {}
+    for i, b in enumerate(model.model.layers): b.register_forward_hook(lambda m, a, out, i=i: seen.update({i: (out[0] if isinstance(out, tuple) else out).requires_grad}))
+    collect(model, [torch.randint(3, V, (2, 8))], blocks=[1], progress=False)
+    assert seen == {0: False, 1: True, 2: True} and all(p.grad is None for p in model.parameters())
+
+
+def snapshot(model):
+    return ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()], [p.grad for p in model.parameters()],
+            [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()], sorted(k for m in model.modules() for k in vars(m)),
+            [p.detach().clone() for p in model.parameters()], torch.get_rng_state())
+
+
+def same(a, b): return a[:5] == b[:5] and all(map(torch.equal, a[5], b[5])) and torch.equal(a[6], b[6])
+
+
+def test_the_model_is_left_as_found():
+    model = tiny("llama"); model.train(); model.model.layers[0].eval(); model.lm_head.weight.requires_grad_(False)
+    before, ids = snapshot(model), torch.randint(3, V, (2, 8), generator=torch.Generator().manual_seed(0))
+    collect(model, [ids], progress=False); assert same(before, snapshot(model))
+    with torch.inference_mode(): collect(model, [ids], progress=False)
+    assert same(before, snapshot(model))
+    with pytest.raises(IndexError): collect(model, [ids, torch.full((1, 5), V + 10)], progress=False)
+    assert same(before, snapshot(model))
+
+
+def test_interrupted_after_two_batches():
+    model, ids = tiny("llama"), torch.randint(3, V, (6, 8), generator=torch.Generator().manual_seed(0))
+    def stream():
+        yield ids[:2]; yield ids[2:4]
+        raise KeyboardInterrupt
+    before, want = snapshot(model), collect(model, [ids[:4]], progress=False)
+    with pytest.raises(KeyboardInterrupt) as e: collect(model, stream(), progress=False)
+    assert same(before, snapshot(model))
+    for part in (e.value.partial, collect(model, stream(), progress=False, on_interrupt="return")):
+        for n in want: assert near(part[n].G, want[n].G) and part[n].count == want[n].count
+    def at_once():
+        raise KeyboardInterrupt
+        yield
+    with pytest.raises(KeyboardInterrupt): collect(model, at_once(), progress=False, on_interrupt="return")
+
+
+def test_save_load_merge(tmp_path):
+    model, ids = tiny("phi3"), torch.randint(3, V, (4, 8), generator=torch.Generator().manual_seed(0))
+    a, b, whole = (collect(model, [x], "all", labels="data", progress=False) for x in (ids[:1], ids[1:], ids))
+    (a + b).save(tmp_path/"f.safetensors")
+    back = Factors.load(tmp_path/"f.safetensors")
+    assert [f.name for f in tmp_path.iterdir()] == ["f.safetensors"] and list(back) == list(whole) and back.fingerprints == whole.fingerprints
+    for n in whole: assert back[n].target == whole[n].target and back[n].count == whole[n].count and near(back[n].G, whole[n].G) and near(back[n].A, whole[n].A)
+    assert a.model() is model and back.model() is None
+    with pytest.raises(ValueError, match="same targets"): a + collect(tiny("phi3", seed=1), [ids], "all", labels="data", progress=False)
+    with pytest.raises(ValueError, match="labels"): a + collect(model, [ids], "all", progress=False)
+    # A that is shared is stored once
+    m2 = tiny("llama"); f = collect(m2, [ids], progress=False); f.save(tmp_path/"g.safetensors"); g = Factors.load(tmp_path/"g.safetensors")
+    assert g[0, "gate"].A.data_ptr() == g[0, "up"].A.data_ptr()
+
+
+def test_factors_do_not_keep_the_model_alive():
+    model = tiny("llama"); f = collect(model, [torch.randint(3, V, (2, 8))], progress=False)
+    del model; gc.collect()
+    assert f.model() is None
+
+
+def test_bad_files(tmp_path):
+    model = tiny("llama"); f = collect(model, [torch.randint(3, V, (2, 8))], progress=False)
+    p = tmp_path/"f.safetensors"; f.save(p); raw = p.read_bytes()
+    for cut in (0, 5, 100, len(raw) // 2, len(raw) - 1):
+        p.write_bytes(raw[:cut])
+        with pytest.raises(ValueError, match="complete safetensors"): Factors.load(p)
+    from safetensors.torch import save_file
+    save_file({"x": torch.ones(1)}, p)
+    with pytest.raises(ValueError, match="not 'curvtools.factors/1'"): Factors.load(p)
+    with pytest.raises(FileNotFoundError): Factors.load(tmp_path/"none.safetensors")
+
+
+def test_bad_input():
+    model, ids = tiny("llama"), torch.randint(3, V, (2, 8))
+    for kw, match in ((dict(labels="gold"), "sample"), (dict(targets="mpl"), "mlp|select"), (dict(blocks=[7]), "block"), (dict(tokens="x"), "cls")):
+        with pytest.raises(ValueError, match=match): collect(model, [ids], **kw)
+    with pytest.raises(ValueError, match="empty"): collect(model, [])
+    with pytest.raises(ValueError, match="at least two tokens"): collect(model, [ids[:, :1]])
+    with pytest.raises(TypeError, match="windows\\("): collect(model, "text")
+    with pytest.raises(TypeError, match="windows\\("): collect(model, ["text"])
+    with pytest.raises(ValueError, match="no label counts"): collect(model, [dict(input_ids=ids, labels=torch.full_like(ids, -100))], progress=False)
+    with pytest.raises(ValueError, match="outside the blocks"): collect(model, [ids], targets="lm_head")
+    with pytest.raises(ValueError, match="backward passes"): collect(model, [torch.randint(3, V, (1, 40)).repeat(1, 200)], labels="exact", progress=False)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj"): collect(model, [ids])
+    model = tiny("llama"); model.model.embed_tokens.weight.data[5] = math.inf
+    with pytest.raises(FloatingPointError, match="batch 2.*model.layers.0"): collect(model, [torch.full((1, 6), 4), torch.full((1, 6), 5)], progress=False)
+    model.model.norm.weight.data[0] = math.nan
+    with pytest.raises(FloatingPointError, match="above all targets"): collect(model, [torch.full((1, 6), 4)], progress=False)
+
+
+def test_uniforms_follow_the_row():
+    from collections import Counter
+    ids = torch.tensor([[5, 6, 7], [5, 6, 7], [8, 9, 9]]); real = torch.ones_like(ids, dtype=torch.bool)
+    u = row_uniforms(ids, real, 0, Counter())
+    assert not torch.equal(u[0], u[1])                                     # the same row again gets other numbers
+    assert torch.equal(row_uniforms(ids[[2, 0, 1]], real, 0, Counter())[0], u[2])
+    assert u.min() >= 0 and u.max() < 1
+    p = torch.eye(4)[[2, 0]]
+    assert sample_labels(p, torch.tensor([.999999, 0.])).tolist() == [2, 0]
+
+
+def test_next_token_labels_edges():
+    ids = torch.arange(5)[None]
+    y, w = next_token_labels(ids)
+    assert y.tolist() == [[1, 2, 3, 4]] and w.all()
+    y, w = next_token_labels(ids, torch.tensor([[0, 1, 1, 1, 0]]))
+    assert y.tolist() == [[-100, 2, 3, -100]] and w.int().tolist() == [[0, 1, 1, 0]]

@@ -75,23 +75,26 @@ def _role(path, classes):
         if leaf in _NAMES[role] and leaf not in _AMBIGUOUS: return role
     return "other"
 
-# %% ../nbs/00_targets.ipynb #db4ef80f
+# %% ../nbs/00_targets.ipynb #9314a3fe
 def _by_shape(shape, near): # near: {name: (d_out, d_in)} of the matrices with the same parent, this one included
-    alike = [s for s in near.values() if (s[0] > s[1]) == (shape[0] > shape[1])]
-    if shape[0] == shape[1] or len(alike) > 1: return None
-    return "fc1" if shape[0] > shape[1] else "fc2"
+    grows = lambda s: (s[0] > s[1]) - (s[0] < s[1])
+    if not grows(shape) or [grows(s) for s in near.values()].count(grows(shape)) > 1: return None
+    return "fc1" if grows(shape) > 0 else "fc2"
+
+def _own(path): # the last name in a path that is no number
+    return next((w for w in reversed(path.split(".")) if not w.isdigit()), path)
 
 def _projection(path, role, shape, near):
     "Name of the projection at `path` of `shape` (d_out, d_in) among its neighbours `near`."
-    own, words = path.split(".")[-1], path.lower().split(".")
+    own, words = _own(path), path.lower().split(".")
     leaf, both = words[-1], ".".join(words[-2:])
     p = _NAMES[role].get(both) or _NAMES[role].get(leaf)
     if role != "mlp": return p or own
     if leaf in ("w1", "w2"): p = dict(w1="gate", w2="down")[leaf] if "w3" in near else dict(w1="fc1", w2="fc2")[leaf]
     p = p or _by_shape(shape, near)
     gated = any(_NAMES["mlp"].get(n) == "gate" for n in near)
-    if p == "fc2" and gated: return "down"
-    if p == "fc1" and any(s[1] * 2 == shape[0] and s[0] == shape[1] for s in near.values()): return "gate_up"
+    if p == "fc2" and (gated or (2*shape[1], shape[0]) in near.values()): return "down"
+    if p == "fc1" and any(s == (shape[1], shape[0]//2) for s in near.values()) and shape[0] % 2 == 0: return "gate_up"
     return p or own
 
 # %% ../nbs/00_targets.ipynb #1d80bcc0
@@ -112,8 +115,9 @@ def _parts(projection, leaf, d_out, model_type="", heads=None, kv=None):
     q, k = heads*h, (heads + kv)*h
     return (("q", ((0, q),)), ("k", ((q, k),)), ("v", ((k, d_out),)))
 
-# %% ../nbs/00_targets.ipynb #7a5a58d2
+# %% ../nbs/00_targets.ipynb #3b02d01c
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PLAIN = {"FalconLinear"} # subclasses of Linear whose own forward computes W x + b all the same
 _QUANT = re.compile("4bit|8bit|gptq|awq|quantlinear|quantized|hqq|eetq|fp8|aqlm|bitlinear", re.I)
 
 def _layout(m):
@@ -126,7 +130,8 @@ def _wrapped(m):
     if hasattr(m, "base_layer") or hasattr(m, "lora_A"): return f"{cls}: an adapter (LoRA) around a matrix; merge it first (merge_and_unload)"
     if isinstance(m, nn.MultiheadAttention): return "nn.MultiheadAttention uses its matrices without calling their modules"
     packed = any(hasattr(m, a) for a in ("qweight", "_packed_params", "weight_packed"))
-    if packed or (_QUANT.search(cls) and hasattr(m, "weight")) or ".quantized." in type(m).__module__: return f"{cls}: quantised weights; load the model without quantisation"
+    if packed or (_QUANT.search(cls) and hasattr(m, "weight")) or ".quantized." in type(m).__module__:
+        return f"{cls}: quantised weights; load the model without quantisation"
 
 def _obstacle(m):
     "Why the weight of a linear map cannot be read and written, None if it can."
@@ -134,10 +139,11 @@ def _obstacle(m):
     if w is None: return f"{cls}: the weight is computed (a parametrization), not stored"
     if w.is_meta: return "weights on the meta device: not loaded, or offloaded"
     if w.dtype not in _FLOATS: return f"{cls}: quantised weights ({str(w.dtype)[6:]}); load the model without quantisation"
-    if type(w) is not nn.Parameter: return f"{cls}: the weight is a {type(w).__name__}, not a plain parameter"
-    if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward: return f"{cls}: a Linear with a forward of its own, perhaps more than W x + b"
+    if type(w) is not nn.Parameter or w.dim() != 2: return f"{cls}: the weight is a {type(w).__name__} {list(w.shape)}, not a plain matrix (sharded or packed?)"
+    if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward and cls not in _PLAIN:
+        return f"{cls}: a Linear with a forward of its own, perhaps more than W x + b"
 
-# %% ../nbs/00_targets.ipynb #b9166244
+# %% ../nbs/00_targets.ipynb #a32a9bb1
 _QUIET = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm)
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -147,19 +153,19 @@ def _bare(name, m, inside):
     if isinstance(m, _QUIET): return []
     out = []
     for p, w in m._parameters.items():
-        if w is None or w.dim() < 2 or (not inside and re.search("embed|token|position", f"{name}.{p}")): continue
+        if w is None or sum(d > 1 for d in w.shape) < 2 or re.search("bias|embed|token|position", f"{name.rpartition('.')[2]}.{p}"): continue
         what = "3-D expert parameter" if w.dim() == 3 and "expert" in f"{name}.{type(m).__name__}".lower() else f"{w.dim()}-D parameter of {type(m).__name__}"
-        out.append((f"{name}.{p}" if name else p, f"{what} {list(w.shape)}: not a module that computes W x + b"))
+        out.append((f"{name}.{p}" if name else p, f"{what} {list(w.shape)}: not the weight of a linear module"))
     return out
 
-# %% ../nbs/00_targets.ipynb #ce50c933
-def _misplaced(name, path, also):
+# %% ../nbs/00_targets.ipynb #cf99f668
+def _misplaced(path, also):
     "Why a sound linear map is no target: `also` are the other names of its weight, `path` its place in the block."
     if also: return f"one weight with {', '.join(also)}: an edit would change both"
     if re.search(r"experts\.\d+(\.|$)", path): return "one of several experts: sees only the tokens routed to it"
-    if re.search("cross_?att|encdec|encoder_attn", path.lower()): return "cross-attention: reads another sequence"
+    if re.search("cross_?att|encdec|encoder_attn", path.lower()): return "cross-attention: mixes in another sequence"
 
-# %% ../nbs/00_targets.ipynb #bff011aa
+# %% ../nbs/00_targets.ipynb #adf39cdf
 def _below(name, top): return top is not None and (name == top or not top or name.startswith(top + "."))
 def _place(name, top, keys):
     "(index of the block, path inside of it); (-1, name) outside of the blocks."
@@ -171,20 +177,19 @@ def _walk(model):
     "Sound linear maps [(name, module, block, path)], what is not supported [(name, reason)], number of blocks."
     top, keys = block_list(model)[0], []
     if top is not None: keys = list(model.get_submodule(top)._modules)
-    rest = [(k, n) for _, k, n in _lists(model) if top is not None and not _below(n, top) and not _below(top, n)]
+    rest = {n for _, _, n in _lists(model) if top is not None and not _below(n, top) and not _below(top, n)}
     owners = {}
     for n, p in model.named_parameters(remove_duplicate=False): owners.setdefault(id(p), []).append(n)
     found, bad, skip = [], [], None
     for name, m in model.named_modules():
         if _below(name, skip): continue
         block, path = _place(name, top, keys)
-        if length := dict((n, k) for k, n in rest).get(name):
-            bad.append((name, f"another list of blocks ({length} x {type(m[0]).__name__}): only {top}, the largest, is worked on")); skip = name
-        elif why := _wrapped(m): bad.append((name, why)); skip = name
+        why = f"another list of blocks ({len(m)} x {type(m[0]).__name__}): only {top}, the largest, is worked on" if name in rest else _wrapped(m)
+        if why: bad.append((name, why)); skip = name
         elif not _layout(m): bad += _bare(name, m, block >= 0)
         else:
             also = [n for n in owners.get(id(m._parameters.get("weight")), []) if n != f"{name}.weight"]
-            if why := _obstacle(m) or _misplaced(name, path, also): bad.append((name, why))
+            if why := _obstacle(m) or _misplaced(path, also): bad.append((name, why)); skip = name
             else: found.append((name, m, block, path))
     return found, bad, len(keys)
 
@@ -210,7 +215,7 @@ def _routes(model, name):
     parent, _, leaf = name.rpartition(".")
     return leaf in ("gate", "router") and hasattr(model.get_submodule(parent), "experts")
 
-# %% ../nbs/00_targets.ipynb #c3d37b01
+# %% ../nbs/00_targets.ipynb #37e86120
 def _heads(model, parent):
     "(model type, query heads, key-value heads) as the attention's or the model's config has them."
     c = getattr(parent, "config", None) or getattr(model, "config", None)
@@ -226,7 +231,7 @@ def _scan(model):
     for name, m, *_ in found: near.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2].lower()] = _shape(m)
     for name, m, block, path in found:
         (parent, _, leaf), shape = name.rpartition("."), _shape(m)
-        projection = "router" if _routes(model, name) else leaf if block < 0 else _projection(path, roles[name], shape, near[parent])
+        projection = "router" if _routes(model, name) else _own(name) if block < 0 else _projection(path, roles[name], shape, near[parent])
         parts = _parts(projection, leaf, shape[0], *_heads(model, model.get_submodule(parent)))
         out.append(Target(name, block, projection, roles[name], *shape, _layout(m), parts, m.bias is not None))
     return out, bad, n_blocks
@@ -290,18 +295,19 @@ def _html(ts):
     if bad: out += "<table><caption>not supported</caption><tbody>" + "".join(line(r, "td") for r in bad) + "</tbody></table>"
     return out
 
-# %% ../nbs/00_targets.ipynb #f1c7daba
+# %% ../nbs/00_targets.ipynb #fd88d2ad
 def _there(found, unsupported):
     "One line on what a model has to offer, for error messages."
     out = []
     for role in ("mlp", "attention", "other"):
         ts = [t for t in found if t.role == role and t.block >= 0]
         if ts: out.append(f"{role}: {', '.join(dict.fromkeys(t.projection for t in ts))} in blocks {_ranges(t.block for t in ts)}")
-    if outside := [t.name for t in found if t.block < 0]: out.append(f"outside of the blocks, by name only: {', '.join(outside[:8])}{', ...' if len(outside) > 8 else ''}")
+    if outside := [t.name for t in found if t.block < 0]:
+        out.append(f"outside of the blocks, by name only: {', '.join(outside[:8])}{', ...' if len(outside) > 8 else ''}")
     bad = list(dict.fromkeys(f"{_star(n)} ({why})" for n, why in unsupported))
     return f"There is: {'; '.join(out) or 'no linear map'}." + (f" Not supported: {'; '.join(bad[:8])}{'; ...' if len(bad) > 8 else ''}." if bad else "")
 
-# %% ../nbs/00_targets.ipynb #35f8d57c
+# %% ../nbs/00_targets.ipynb #08aee935
 def _one(item, found, unsupported):
     "Names that one item of a selection stands for."
     if isinstance(item, Target):
@@ -312,15 +318,15 @@ def _one(item, found, unsupported):
     else: names = {t.name for t in found if t.name == item or fnmatchcase(t.name, item)}
     if names: return names
     why = [f"{n}: {w}" for n, w in unsupported if fnmatchcase(n, item)]
-    raise ValueError(f"no target matches {item!r}. " + (f"{why[0]}. " if why else "") + _there(found, unsupported))
+    raise ValueError(f"no target matches {item!r}. " + (f"Not supported, {why[0]}. " if why else "") + _there(found, [] if why else unsupported))
 
 def _block_ids(blocks, n):
     "Block indices as a set of 0..n-1; negative ones count from the end."
-    blocks = [blocks] if isinstance(blocks, int) else list(blocks)
+    blocks = [blocks] if hasattr(blocks, "__index__") or not hasattr(blocks, "__iter__") else list(blocks)
     for b in blocks:
-        if isinstance(b, bool) or not isinstance(b, int): raise TypeError(f"blocks are integers, got {b!r}")
+        if isinstance(b, bool) or not hasattr(b, "__index__"): raise TypeError(f"blocks are integers, got {b!r}")
         if not -n <= b < n: raise ValueError(f"block {b} is out of range: " + (f"the model has blocks 0 to {n-1} (or -{n} to -1)" if n else "the model has no list of blocks"))
-    return {b % n for b in blocks}
+    return {int(b) % n for b in blocks}
 
 # %% ../nbs/00_targets.ipynb #0da73939
 def _absent(p, chosen, found):

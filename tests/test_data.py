@@ -244,3 +244,11 @@ def test_image_batches():
     assert len(b) == 3 and set(next(iter(image_batches(x)))) == {"pixel_values"}
     for bad in (dict(pixel_values=x[:0]), dict(pixel_values=x[0]), dict(pixel_values=x.long()), dict(pixel_values=x, labels=y[:3]), dict(pixel_values=x, batch_size=0)):
         with pytest.raises(ValueError): image_batches(**bad)
+
+
+def test_an_interrupted_save_is_not_seen(tmp_path, monkeypatch):
+    f = save_passages([Passage([1], [2])], tmp_path/"p.jsonl")
+    def crash(*a): raise OSError("no space left on device")
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(OSError, match="no space"): save_passages([Passage([3], [4])], f)
+    assert load_passages(f) == [Passage([1], [2])] and len(list(tmp_path.iterdir())) == 1

@@ -330,3 +330,21 @@ def test_broken_weights_are_not_silence(make, value):
         with pytest.raises(RuntimeError, match="not finite"): recite(model, random_passages(2), generate=generate)
     with pytest.raises(RuntimeError, match="not finite"): continuation(model, [1, 2], 4)
     assert not any(m.training for m in model.modules())
+
+
+# other architectures
+
+@pytest.mark.parametrize("family, kw", [
+    ("Mistral", dict(sliding_window=4)), ("Gemma3Text:Gemma3ForCausalLM", dict(sliding_window=4, head_dim=8, layer_types=["sliding_attention", "full_attention"])),
+    ("Qwen2", {}), ("Qwen3", dict(head_dim=8)), ("Olmo2", {}), ("Phi3", {}), ("GPTNeoX", {}), ("OPT", dict(ffn_dim=64, word_embed_proj_dim=32)), ("Mamba", {})])
+def test_families(family, kw):
+    "Sliding windows, fused projections, learned positions, a state-space model: cached generation and teacher forcing give one verdict."
+    import transformers as t
+    config, _, cls = family.partition(":")
+    torch.manual_seed(0)
+    kw = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
+              bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=.2, init_std=.2) | kw
+    model = getattr(t, cls or f"{config}ForCausalLM")(getattr(t, f"{config}Config")(**kw)).eval()
+    ps = [Passage(p.prefix, continuation(model, p)) for p in random_passages(6)] + random_passages(6, seed=1)
+    r = recite(model, ps)
+    assert r.disagree == 0 and [x["strict"] for x in r.rows] == [True]*6 + [False]*6 and all(x["right"] == 9 for x in r.rows[:6])

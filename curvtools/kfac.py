@@ -151,12 +151,20 @@ def frozen(model:nn.Module): # any module
         for m, training in modes: m.training = training
         for p, flag in flags: p.requires_grad_(flag)
 
-# %% ../nbs/02_kfac.ipynb #d7dff2af
-def _text(batch, device, accepts, labels):
+# %% ../nbs/02_kfac.ipynb #c638bcfe
+def _check_ids(ids, model):
+    "ValueError where ids [B, T] cannot be this model's input."
+    if ids.dim() != 2 or ids.shape[1] < 2: raise ValueError(f"a batch of shape {list(ids.shape)}: windows must be [B, T] with at least two tokens, one to read and one to predict")
+    config, table = getattr(model, "config", None), model.get_input_embeddings()
+    context, words = getattr(config, "max_position_embeddings", None), getattr(table, "num_embeddings", None)
+    if context and ids.shape[1] - 1 > context: raise ValueError(f"windows of {ids.shape[1]} tokens are longer than the model's context of {context}; make shorter ones: windows(text, tokenizer, length={context})")
+    if words and ids.max() >= words: raise ValueError(f"token id {int(ids.max())} is outside the model's vocabulary of {words}; were the windows made with another tokenizer?")
+
+def _text(batch, model, device, accepts):
     "A batch of tokens -> (inputs, y [B, T-1], w [B, T-1], rows, real)."
     batch = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)}
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    if ids.dim() != 2 or ids.shape[1] < 2: raise ValueError(f"a batch of shape {list(ids.shape)}: windows must be [B, T] with at least two tokens, one to read and one to predict")
+    _check_ids(ids, model)
     y, w = next_token_labels(ids, mask, batch.get("labels"))
     inputs = dict(input_ids=ids[:, :-1], use_cache=False)
     if mask is not None and not mask.bool().all():
@@ -192,12 +200,15 @@ def _batches(batches):
     if first is None: raise ValueError("no data: batches is empty, so there is nothing to estimate curvature from")
     return itertools.chain([first], it), _batch(first), total
 
-# %% ../nbs/02_kfac.ipynb #39fac530
+# %% ../nbs/02_kfac.ipynb #d5f7b7b8
 def split_head(model:nn.Module, # a transformers model
                inputs:dict # keyword arguments of a small forward pass, for the check
               )->tuple: # trunk(**inputs) -> [..., d], head([n, d]) -> [n, V], chunked: bool
     "Trunk and head of a model such that head(trunk(x)) are its logits; (the model, identity, False) where they are not."
-    whole = lambda **kw: model(**kw).logits
+    def whole(**kw):
+        out = model(**kw)
+        if not hasattr(out, "logits"): raise ValueError(f"{type(model).__name__} predicts nothing (it has no head); load it with a head, e.g. AutoModelForCausalLM or AutoModelForImageClassification")
+        return out.logits
     head, base = (model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None), getattr(model, "base_model", model)
     if head is None or base is model or "input_ids" not in inputs: return whole, lambda h: h, False
     trunk = lambda **kw: base(**kw).last_hidden_state
@@ -450,10 +461,10 @@ def collect(model, # a transformers model, or the id or folder of a causal one
     stream, first, total = _batches(batches)
     with frozen(model): return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt)
 
-# %% ../nbs/02_kfac.ipynb #f2325304
+# %% ../nbs/02_kfac.ipynb #96f9768f
 def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, progress, on_interrupt):
     device, accepts = next(model.parameters()).device, inspect.signature(getattr(model, "base_model", model).forward).parameters
-    prepare = lambda b: _text(b, device, accepts, labels) if "input_ids" in b else _image(b, device, tokens, labels)
+    prepare = lambda b: _text(b, model, device, accepts) if "input_ids" in b else _image(b, device, tokens, labels)
     small = prepare({k: v[:1, :5] if k != "pixel_values" and v.dim() > 1 else v[:1] for k, v in first.items() if torch.is_tensor(v)})[0]
     small.pop("attention_mask", None); small.pop("position_ids", None)       # a few tokens, to look at the model's wiring
     trunk, head, chunked = split_head(model, small)

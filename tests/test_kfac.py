@@ -227,7 +227,7 @@ def test_the_model_is_left_as_found():
     collect(model, [ids], progress=False); assert same(before, snapshot(model))
     with torch.inference_mode(): collect(model, [ids], progress=False)
     assert same(before, snapshot(model))
-    with pytest.raises(IndexError): collect(model, [ids, torch.full((1, 5), V + 10)], progress=False)
+    with pytest.raises(ValueError, match="vocabulary of 37"): collect(model, [ids, torch.full((1, 5), V + 10)], progress=False)
     assert same(before, snapshot(model))
 
 
@@ -290,7 +290,11 @@ def test_bad_input():
     with pytest.raises(TypeError, match="windows\\("): collect(model, ["text"])
     with pytest.raises(ValueError, match="no label counts"): collect(model, [dict(input_ids=ids, labels=torch.full_like(ids, -100))], progress=False)
     with pytest.raises(ValueError, match="outside the blocks"): collect(model, [ids], targets="lm_head")
-    with pytest.raises(ValueError, match="backward passes"): collect(model, [torch.randint(3, V, (1, 40)).repeat(1, 200)], labels="exact", progress=False)
+    with pytest.raises(ValueError, match="context of 64"): collect(model, [torch.full((1, 66), 4)])
+    with pytest.raises(ValueError, match="no head"): collect(model.model, [ids])
+    import transformers as tf
+    wide = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=5000, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=64))
+    with pytest.raises(ValueError, match="backward passes"): collect(wide, [torch.randint(3, V, (1, 60))], labels="exact", progress=False)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
     with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj"): collect(model, [ids])
     model = tiny("llama"); model.model.embed_tokens.weight.data[5] = math.inf

@@ -322,7 +322,7 @@ def check_weights(
     if fingerprint(model, target) != expected:
         raise ValueError(f"{target.name}: these are not the weights the factors were made from: another model, or an edit is applied. Undo the edit first, or {way_out}")
 
-# %% ../nbs/03_decompose.ipynb #570751cc
+# %% ../nbs/03_decompose.ipynb #41a1b9f0
 @dataclass(eq=False, repr=False)
 class Eigen:
     "Eigenpairs of both factors of one target: its spectrum, its components, its masks."
@@ -337,7 +337,6 @@ class Eigen:
     _model:object=field(default=lambda: None) # weak reference to the model
     _force:bool=False # do not compare fingerprints
     _C:Tensor=None
-
     @property
     def mass(self) -> float: return float(self.lam.sum() * self.mu.sum())
     @property

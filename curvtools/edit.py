@@ -198,10 +198,13 @@ def join(a:Edit, b:Edit) -> Edit:
     if both := a.plan.keys() & b.plan.keys(): raise ValueError(f"both edits change {min(both)}; an edit has one plan for a target")
     return Edit({**a.plan, **b.plan}, a.method if a.method == b.method else f"{a.method}+{b.method}", dict(joined=[a.settings, b.settings]), {**b.meta, **a.meta})
 
-# %% ../nbs/04_edit.ipynb #8c11284d
+# %% ../nbs/04_edit.ipynb #1a3a0c66
 def _digest(path:Path) -> str:
     "blake2b of a file, 32 hex digits."
-    with open(path, "rb") as f: return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    h = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as f:
+        while part := f.read(2**24): h.update(part)
+    return h.hexdigest()
 
 def _versions() -> dict:
     out = dict(python=platform.python_version())

@@ -6,7 +6,7 @@
 __all__ = ['OuterSum', 'next_token_labels', 'row_uniforms', 'sample_labels', 'logit_grad', 'head_grad', 'frozen', 'split_head',
            'Forecast', 'Factor', 'effective_rank', 'save_tensors', 'load_tensors', 'Factors', 'collect']
 
-# %% ../nbs/02_kfac.ipynb #77a07bed
+# %% ../nbs/02_kfac.ipynb #388b1fc3
 import contextlib
 import hashlib
 import inspect
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .targets import Target, Targets, find_targets, fingerprint, weight
+from .targets import Target, block_list, find_targets, fingerprint, weight
 
 # %% ../nbs/02_kfac.ipynb #634fdb71
 class OuterSum:
@@ -392,7 +392,7 @@ def _add(self, other):
     return Factors(out, self.fingerprints, dict(self.meta, merged=self.meta.get("merged", [self.meta.get("data")]) + other.meta.get("merged", [other.meta.get("data")])), self.model())
 Factors.save, Factors.load, Factors.__add__ = _save, classmethod(_load), _add
 
-# %% ../nbs/02_kfac.ipynb #a15a678a
+# %% ../nbs/02_kfac.ipynb #55d650c3
 def _check_finite(model, targets):
     for t in targets:
         if not torch.isfinite(weight(model, t)).all(): raise ValueError(f"the weights of {t.name} hold NaN or infinity; curvature of such a model means nothing: load it again")
@@ -407,7 +407,7 @@ def _meta(model, labels, seed, digest, n):
     from curvtools import __version__
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     return dict(model=os.path.basename(name.rstrip("/")) if os.path.exists(name) else name, revision=getattr(getattr(model, "config", None), "_commit_hash", None),
-                labels=labels, seed=seed, data=digest, batches=n, dtype=str(next(model.parameters()).dtype), curvtools=__version__, torch=torch.__version__, transformers=version("transformers"))
+                labels=labels, seed=seed, data=digest, batches=n, n_blocks=len(block_list(model)[1]), dtype=str(next(model.parameters()).dtype), curvtools=__version__, torch=torch.__version__, transformers=version("transformers"))
 
 def _result(model, targets, rec, prints, meta):
     "The averages as Factors, or None if some target has seen nothing yet."

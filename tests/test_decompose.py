@@ -131,7 +131,7 @@ def test_no_mass():
 
 @pytest.mark.parametrize("shape", [(4096, 11008), (11008, 4096)])
 def test_speed(shape):
-    "Issue 2: 4096 x 11008 in under 100 ms on one thread. Best of 5; a busy machine gets 2.5 times that before we call it slow."
+    "4096 x 11008 in under 100 ms on one thread: processor time of this process, which neighbours on the machine do not change; best of 5."
     g, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
     lam, mu = (torch.randn(n, generator=g, dtype=torch.float64).square().sort(descending=True).values for n in shape)
     torch.set_num_threads(1)
@@ -139,9 +139,8 @@ def test_speed(shape):
         for kw in (dict(rho=.8), dict(rho=.999), dict(fraction=.3)):
             best = 1e9
             for _ in range(5):
-                t = time.perf_counter(); staircase(lam, mu, **kw); best = min(best, time.perf_counter() - t)
-            assert best < .25, f"{kw}: {1e3 * best:.0f} ms"
-            if best > .1: print(f"{kw}: {1e3 * best:.0f} ms, over the 100 ms of a quiet machine")
+                t = time.process_time(); staircase(lam, mu, **kw); best = min(best, time.process_time() - t)
+            assert best < .1, f"{kw}: {1e3 * best:.0f} ms"
     finally: torch.set_num_threads(threads)
 
 # ---------- eigenpairs ----------

@@ -19,7 +19,7 @@ from matplotlib.text import Text
 
 from .decompose import _effective_rank
 
-# %% ../nbs/10_plots.ipynb #6d715966
+# %% ../nbs/10_plots.ipynb #290bd298
 class _Figure(Figure):
     "A matplotlib Figure that a notebook can show without pyplot."
     def _repr_png_(self): return png(self)
@@ -31,14 +31,15 @@ def _axes(fig:Figure|None, size:tuple=(5, 3.2)) -> tuple: # (figure, axes)
     if fig is None: fig = _Figure(figsize=size, dpi=100, layout="constrained", facecolor="white")
     fig.clear()
     ax = fig.subplots()
-    ax.title.set_fontsize("medium")
     ax.grid(True, which="major", color="#d9d9d9", linewidth=.6); ax.set_axisbelow(True)
     for side in ("top", "right"): ax.spines[side].set_visible(False)
     return fig, ax
 
 def _legend(fig:Figure, ax:Any, **kw) -> None:
-    "The legend below the axes, where it hides nothing."
-    fig.legend(*ax.get_legend_handles_labels(), **dict(loc="outside lower center", frameon=False, fontsize="small") | kw)
+    "The legend below the axes, where it hides nothing; and a title that leaves room for long names."
+    ax.title.set_fontsize("medium")
+    kw.setdefault("handles", ax.get_legend_handles_labels()[0])
+    fig.legend(loc="outside lower center", frameon=False, fontsize="small", **kw)
 
 # %% ../nbs/10_plots.ipynb #e305f4f8
 def png(
@@ -94,15 +95,16 @@ def _percent(x:float, _=None) -> str:
     "0.0123 as '1.23 %', with no more digits than needed."
     return f"{100 * x:.3g} %"
 
-# %% ../nbs/10_plots.ipynb #e06c6bf6
+# %% ../nbs/10_plots.ipynb #5c9dd895
 def mass_curve(
     eigen:Any, # an `Eigen`
     staircase:Any=None, # mark this set of pairs
     fig:Figure=None, # draw on this one again
+    points:tuple=None, # what eigen.mass_curve() gave before, to save computing it again
 ) -> Figure:
     "Share of the curvature mass against the share of pairs kept, steepest first, log x."
     fig, ax = _axes(fig)
-    x, y = (t.cpu().numpy() for t in eigen.mass_curve())
+    x, y = (t.cpu().numpy() for t in points or eigen.mass_curve())
     ax.plot(x, y, color=BLUE, linewidth=1.8, label="measured curvature")
     ax.plot(x, x, ":", color=GREY, linewidth=1.5, label="if all pairs were equally curved")
     if staircase is not None:
@@ -114,7 +116,7 @@ def mass_curve(
     _legend(fig, ax)
     return fig
 
-# %% ../nbs/10_plots.ipynb #db8b083e
+# %% ../nbs/10_plots.ipynb #592e5d59
 def kept_region(
     eigen:Any, # an `Eigen`
     staircase:Any, # a `Staircase`
@@ -132,7 +134,7 @@ def kept_region(
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}")); axis.set_minor_formatter(NullFormatter())
     key = [Patch(facecolor=BLUE, alpha=.55, hatch="//", edgecolor="white", label="kept"), Patch(facecolor="#f0f0f0", edgecolor=GREY, label="removed (log axes: areas deceive)")]
-    fig.legend(handles=key, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    _legend(fig, ax, handles=key, ncols=2)
     return fig
 
 # %% ../nbs/10_plots.ipynb #3c3a5b37

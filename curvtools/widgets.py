@@ -86,10 +86,18 @@ def _first(w:Any, tokens:int) -> Any: # Windows
     "The first windows with that many tokens; other iterables as they are."
     return w[:max(1, tokens // w.length)] if hasattr(w, "length") else w
 
-# %% ../nbs/11_widgets.ipynb #c9610532
+# %% ../nbs/11_widgets.ipynb #2c92509d
 class Session:
     "A model, its data, its curvature and the edit in place, behind one lock. Knows nothing of widgets."
-    def __init__(self, model, tokenizer=None, clean=None, heldout=None, memorized=None, unseen=None, factors=None, passages=200, tokens=8192):
+    def __init__(self,
+        model:Any, # a causal language model
+        tokenizer:Any=None, # for showing text
+        clean:Any=None, # Windows to collect curvature on
+        heldout:Any=None, # Windows for perplexity
+        memorized:Any=None, unseen:Any=None, # Passages, and passages never trained on
+        factors:Any=None, # from `collect`; None: `load` collects them
+        passages:int=200, tokens:int=8192, # to measure on: passages of each set, held-out tokens
+    ):
         self.model, self.tokenizer, self.clean, self.heldout = model, tokenizer, clean, heldout
         self.memorized, self.unseen, self.factors = Passages(memorized or ()), Passages(unseen or ()), factors
         self.sample = dict(memorized=some_of(self.memorized, passages), unseen=some_of(self.unseen, passages), heldout=_first(heldout, tokens))
@@ -101,12 +109,7 @@ class Session:
     def active(self) -> bool: return self.applied is not None and self.applied.active
     @property
     def targets(self) -> list: return [e.target for e in self.basis.values()]
-    def load(self, tell=lambda done: None, **kw) -> None:
-        "Collect the factors if there are none, and decompose them. Not in inference mode: collecting needs gradients."
-        with self.lock:
-            if self.factors is None: self.factors = collect(self.model, watched(self.clean, tell, self.cancel), progress=False, **kw)
-            self.basis = eigen(self.factors, self.model, progress=False)
-            self.original = checksum(self.model, self.targets)
+    def load(self, tell=lambda done: None, **kw) -> None: _load_basis(self, tell, kw)
     @_in_lane
     def checksum(self) -> str: return checksum(self.model, self.targets)
     @_in_lane
@@ -125,7 +128,14 @@ class Session:
     @_in_lane
     def continuations(self, passage) -> tuple: return _continuations(self, passage)
 
-# %% ../nbs/11_widgets.ipynb #c6ef1228
+# %% ../nbs/11_widgets.ipynb #07849fd6
+def _load_basis(s:Session, tell:Callable, kw:dict) -> None:
+    "Collect the factors if there are none, and decompose them. Not in inference mode: collecting needs gradients."
+    with s.lock:
+        if s.factors is None: s.factors = collect(s.model, watched(s.clean, tell, s.cancel), progress=False, **kw)
+        s.basis = eigen(s.factors, s.model, progress=False)
+        s.original = checksum(s.model, s.targets)
+
 def _apply(s:Session, edit:Any, control:bool, step:Callable) -> Any: # the handle
     "Put this edit in place of the one that is there, and measure; on failure the original weights are back."
     if s.active: s.applied.undo()
@@ -198,7 +208,7 @@ def preview_html(
     what = f"Would keep <b>{kept:,}</b> of {total:,} pairs ({kept/total:.1%}) and {share:.1%} of the curvature mass, in {len(plans)} matri{'x' if len(plans) == 1 else 'ces'}."
     return f'<div style="line-height:1.4">{what}</div>'
 
-# %% ../nbs/11_widgets.ipynb #b27045fe
+# %% ../nbs/11_widgets.ipynb #2def0f21
 def _controls() -> SimpleNamespace:
     "All widgets of a Lab, by name."
     wide, d = dict(width="auto"), dict(description_width="92px")
@@ -207,8 +217,8 @@ def _controls() -> SimpleNamespace:
     c = SimpleNamespace()
     c.block, c.projection = drop("Block"), drop("Projection")
     c.prev, c.next = button("Previous block", "Look at the block below"), button("Next block", "Look at the block above")
-    c.rho = W.FloatSlider(value=.8, min=0, max=1, step=.01, description="rho", continuous_update=False, readout=False, layout=wide, style=d)
-    c.rho_box = W.BoundedFloatText(value=.8, min=0, max=1, step=.01, description="rho, typed", layout=wide, style=d)
+    c.rho = W.FloatSlider(value=.9, min=0, max=1, step=.01, description="rho", continuous_update=False, readout=False, layout=wide, style=d)
+    c.rho_box = W.BoundedFloatText(value=.9, min=0, max=1, step=.01, description="rho, typed", layout=wide, style=d)
     c.blocks = W.SelectMultiple(description="Edit blocks", rows=4, layout=wide, style=d)
     c.projections = W.SelectMultiple(description="Projections", rows=4, layout=wide, style=d)
     c.control = W.Checkbox(value=True, description="measure the random-bases control too", indent=False, layout=wide)
@@ -376,7 +386,7 @@ def _quiet(lab):
     try: yield
     finally: lab.quiet = was
 
-# %% ../nbs/11_widgets.ipynb #f8ba2851
+# %% ../nbs/11_widgets.ipynb #dfbd86d5
 def _set(widget:Any, options:list, value:Any=None) -> None:
     "New options for a dropdown; keeps the value if it is still there."
     keep = widget.value if value is None else value
@@ -389,13 +399,14 @@ def _fill_projections(lab) -> None:
     with _quiet(lab): _set(lab.c.projection, [t.projection for t in lab.session.targets if t.block == lab.c.block.value])
 
 def _fill_targets(lab) -> None:
-    "Blocks and projections there are; the upper half of the blocks is the plan to begin with."
+    "Blocks and projections there are; to begin with, the plan is to edit gate and up in the upper half of the blocks."
     blocks = sorted({t.block for t in lab.session.targets})
     projections = list(dict.fromkeys(t.projection for t in lab.session.targets))
     with _quiet(lab):
         _set(lab.c.block, blocks, blocks[-1])
         lab.c.blocks.options, lab.c.projections.options = blocks, projections
-        lab.c.blocks.value, lab.c.projections.value = blocks[len(blocks) // 2:], projections
+        lab.c.blocks.value = blocks[len(blocks) // 2:]
+        lab.c.projections.value = [p for p in projections if p in ("gate", "up", "gate_up", "fc1")] or projections
     _fill_projections(lab)
 
 def _fill_passages(lab) -> None:
@@ -585,10 +596,33 @@ def _snapshot(lab) -> Snapshot:
         figures = f'<div style="display:flex;flex-wrap:wrap;gap:8px">{c.spectrum.value}{c.mass.value}{c.region.value}</div>'
         return Snapshot("<div>" + "".join(box.format(x) for x in (f"<b>Lab</b> (static copy). {c.weights.value}", c.code.value, plan, figures, c.readout.value, c.text.value)) + "</div>")
 
-# %% ../nbs/11_widgets.ipynb #918022f6
-class Lab(W.VBox):
+# %% ../nbs/11_widgets.ipynb #a6d1dca2
+class _Looking:
+    "What the controls stand at."
+    @property
+    def lock(self): return self.session.lock
+    @property
+    def basis(self): return self.session.basis
+    @property
+    def eigen(self): return next(e for e in self.basis.values() if (e.target.block, e.target.projection) == (self.c.block.value, self.c.projection.value))
+    @property
+    def edit(self): return self.basis.keep(rho=self.c.rho.value, blocks=list(self.c.blocks.value), projections=list(self.c.projections.value))
+    @property
+    def passages(self): return _filtered(self)
+    @property
+    def passage(self): return self.passages[self.c.index.value - 1]
+
+# %% ../nbs/11_widgets.ipynb #495b155f
+class Lab(_Looking, W.VBox):
     "One panel on the whole path: look, cut, measure, read, undo. `Lab(playground())` is enough; or give the parts. Shared with other code, use `with lab.lock:`."
-    def __init__(self, playground=None, model=None, tokenizer=None, clean=None, heldout=None, memorized=None, unseen=None, factors=None, tokens=16384, passages=200):
+    def __init__(self,
+        playground:Any=None, # a Playground: the model, its tokenizer and all data
+        model:Any=None, tokenizer:Any=None, # or the parts; what is given comes before the playground's
+        clean:Any=None, heldout:Any=None, # Windows: for the curvature, for perplexity
+        memorized:Any=None, unseen:Any=None, # Passages, and passages never trained on: the control
+        factors:Any=None, # from `collect`; None: collected in the background
+        tokens:int=16384, passages:int=200, # clean tokens to collect on; passages of each set to measure on
+    ):
         given = dict(model=model, tokenizer=tokenizer, clean=clean, heldout=heldout, memorized=memorized, unseen=unseen)
         self.session = Session(**_parts(playground, given, factors, tokens), factors=factors, passages=passages)
         self.names = {k: f"pg.{k}" if playground is not None and v is None else k for k, v in given.items()}
@@ -612,15 +646,3 @@ class Lab(W.VBox):
         if "session" in vars(self): self.session.cancel.set()     # not there if the arguments were refused
         _close(self.children); super().close()
     def _repr_mimebundle_(self, **kw): return dict(super()._repr_mimebundle_(**kw) or {}, **{"text/html": self.snapshot().html})
-    @property
-    def lock(self): return self.session.lock
-    @property
-    def basis(self): return self.session.basis
-    @property
-    def eigen(self): return next(e for e in self.basis.values() if (e.target.block, e.target.projection) == (self.c.block.value, self.c.projection.value))
-    @property
-    def edit(self): return self.basis.keep(rho=self.c.rho.value, blocks=list(self.c.blocks.value), projections=list(self.c.projections.value))
-    @property
-    def passages(self): return _filtered(self)
-    @property
-    def passage(self): return self.passages[self.c.index.value - 1]

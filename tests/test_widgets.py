@@ -83,7 +83,7 @@ def test_a_click_does_what_the_method_does(P):
 
 
 def test_numbers_are_those_of_the_functions(lab, P):
-    lab.plan(rho=.6, blocks=[1, 2]).apply()
+    lab.plan(rho=.6, blocks=[1, 2], projections=["gate", "up", "down"]).apply()
     r, m = lab.session.readings, P["model"]
     assert r["original"]["memorised"].strict == 1 and r["original"]["unseen"].strict == 0
     found = {k: (recite(m, P["memorized"]).strict, recite(m, P["unseen"]).strict, float(perplexity(m, P["heldout"]))) for k in ["edited"]}
@@ -217,10 +217,10 @@ def test_busy_is_said_and_nothing_is_lost(lab):
     lab.c.rho.value = .33                                        # does not wait for the worker ...
     assert time.time() - t0 < 5 and "Busy (apply and measure)" in text(lab.c.status)
     lab.c.undo.click(); lab.c.apply.click(); lab.c.prev.click()
-    assert "Busy" in text(lab.c.status) and "at rho 0.8" in lab.c.region.value
+    assert "Busy" in text(lab.c.status) and "at rho 0.9:" in lab.c.region.value
     go.set(); lab.wait(60)
     assert "at rho 0.33" in lab.c.region.value                   # ... and is caught up with
-    assert lab.session.active and lab.applied_as.startswith("rho 0.8")   # what was applied is what was asked for at the click
+    assert lab.session.active and lab.applied_as.startswith("rho 0.9")   # what was applied is what was asked for at the click
     del lab.session.measure
     lab.undo()
 

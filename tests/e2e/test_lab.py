@@ -4,7 +4,7 @@ import re
 import pytest
 
 pytestmark = pytest.mark.e2e
-SOURCE = "from curvtools.widgets import *; from curvtools.zoo import playground\nlab = Lab(playground())\nlab"
+SOURCE = "from curvtools.all import *\nlab = Lab(playground())\nlab"
 
 
 def test_look_edit_measure_undo(open_notebook, artifact):
@@ -22,20 +22,20 @@ def test_look_edit_measure_undo(open_notebook, artifact):
     out.get_by_role("button", name="Previous block").click()     # another matrix: all three pictures follow
     for picture in ("Spectra", "Mass curve", "Kept pairs"): out.locator(f'img[alt*="{picture} of model.layers.{blocks - 2}."]').wait_for()
     out.get_by_label("Projection", exact=True).select_option("down")
-    out.locator(f'img[alt*="Kept pairs of model.layers.{blocks - 2}.mlp.down_proj at rho 0.8:"]').wait_for()
+    out.locator(f'img[alt*="Kept pairs of model.layers.{blocks - 2}.mlp.down_proj at rho 0.9:"]').wait_for()
 
     before = out.get_by_text("Would keep").inner_text()
     out.get_by_role("slider").focus()
     for _ in range(3): page.keyboard.press("ArrowLeft")          # rho by keyboard; the number box and the pictures follow
-    out.locator('img[alt*="at rho 0.77:"]').wait_for()
-    assert out.get_by_label("rho, typed").input_value() == "0.77"
-    has("rho=0.77")
+    out.locator('img[alt*="at rho 0.87:"]').wait_for()
+    assert out.get_by_label("rho, typed").input_value() == "0.87"
+    has("rho=0.87")
     assert out.get_by_text("Would keep").inner_text() != before
     assert checksum() == original                                # a plan changes nothing
 
     out.get_by_role("button", name="Apply").click()
     has("Weights: edited")
-    has("edited: rho 0.77")
+    has("edited: rho 0.87")
     has("apply and measure: done")
     edited = row("strict, memorised").nth(1).inner_text()
     assert row("strict, memorised").first.inner_text() == strict and re.search(r"\d %\s+\[", edited)

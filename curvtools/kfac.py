@@ -151,20 +151,29 @@ def frozen(model:nn.Module): # any module
         for m, training in modes: m.training = training
         for p, flag in flags: p.requires_grad_(flag)
 
-# %% ../nbs/02_kfac.ipynb #c638bcfe
+# %% ../nbs/02_kfac.ipynb #bf713e92
 def _check_ids(ids, model):
     "ValueError where ids [B, T] cannot be this model's input."
     if ids.dim() != 2 or ids.shape[1] < 2: raise ValueError(f"a batch of shape {list(ids.shape)}: windows must be [B, T] with at least two tokens, one to read and one to predict")
-    config, table = getattr(model, "config", None), model.get_input_embeddings()
+    config, table = getattr(model, "config", None), model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     context, words = getattr(config, "max_position_embeddings", None), getattr(table, "num_embeddings", None)
     if context and ids.shape[1] - 1 > context: raise ValueError(f"windows of {ids.shape[1]} tokens are longer than the model's context of {context}; make shorter ones: windows(text, tokenizer, length={context})")
+    if ids.is_floating_point() or ids.min() < 0: raise ValueError(f"token ids are whole numbers from 0, these are {ids.dtype} with {ids.min().item()} among them; mark padding with attention_mask, and what shall not count with labels of -100")
     if words and ids.max() >= words: raise ValueError(f"token id {int(ids.max())} is outside the model's vocabulary of {words}; were the windows made with another tokenizer?")
+
+def _check_labels(y, classes):
+    "ValueError where a label is neither -100 nor one of the classes (None: not known how many)."
+    bad = y[(y != -100) & ((y < 0) | (y >= (classes or torch.iinfo(torch.long).max)))]
+    if len(bad): raise ValueError(f"label {int(bad[0])} is not a class{f' (0 to {classes - 1})' if classes else ''}; what shall not count is marked with -100")
 
 def _text(batch, model, device, accepts):
     "A batch of tokens -> (inputs, y [B, T-1], w [B, T-1], rows, real)."
     batch = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)}
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     _check_ids(ids, model)
+    for k in ("attention_mask", "labels"):
+        if k in batch and batch[k].shape != ids.shape: raise ValueError(f"{k} has shape {list(batch[k].shape)}, the input_ids of its batch have {list(ids.shape)}: they must be the same")
+    if "labels" in batch: _check_labels(batch["labels"], getattr(model.config, "vocab_size", None) if hasattr(model, "config") else None)
     y, w = next_token_labels(ids, mask, batch.get("labels"))
     inputs = dict(input_ids=ids[:, :-1], use_cache=False)
     if mask is not None and not mask.bool().all():
@@ -181,13 +190,15 @@ def _image(batch, device, tokens, labels):
     y = batch["labels"].to(device) if batch.get("labels") is not None else torch.zeros(len(x), dtype=torch.long, device=device)
     return dict(pixel_values=x), y, tokens, x, (torch.ones(len(x), 1, dtype=torch.bool),) * 2
 
-# %% ../nbs/02_kfac.ipynb #2c4bbf53
+# %% ../nbs/02_kfac.ipynb #63863e22
 def _batch(b):
-    "One item of `batches` as a dict."
-    if torch.is_tensor(b): b = dict(input_ids=b)
+    "One item of `batches` as a dict of tensors; ids and labels in int64."
+    if torch.is_tensor(b) or hasattr(b, "__array__"): b = dict(input_ids=b)
     if not isinstance(b, Mapping) or not ("input_ids" in b or "pixel_values" in b):
         raise TypeError(f"a batch must be ids [B, T] or a dict with input_ids or pixel_values, not {type(b).__name__}; make batches of text with windows(text, tokenizer)")
-    return dict(b)
+    b = {k: torch.as_tensor(b[k]) for k in ("input_ids", "attention_mask", "labels", "pixel_values") if b.get(k) is not None}
+    if "input_ids" in b and b["input_ids"].dim() != 2: raise ValueError(f"a batch of shape {list(b['input_ids'].shape)}: token ids must be windows [B, T]; a single one is ids[None]")
+    return {k: v.long() if k in ("input_ids", "labels") and not v.is_floating_point() else v for k, v in b.items()}
 
 def _batches(batches):
     "An iterator over dicts, and the total of positions where it is known."

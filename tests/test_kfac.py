@@ -320,3 +320,22 @@ def test_next_token_labels_edges():
     assert y.tolist() == [[1, 2, 3, 4]] and w.all()
     y, w = next_token_labels(ids, torch.tensor([[0, 1, 1, 1, 0]]))
     assert y.tolist() == [[-100, 2, 3, -100]] and w.int().tolist() == [[0, 1, 1, 0]]
+
+
+def test_any_form_of_ids_is_the_same_data():
+    "int32 ids, arrays, lists and what a tokenizer returns are the same tokens: the same labels are drawn, the same factors come out."
+    from transformers import BatchEncoding
+    model, ids = tiny("llama"), torch.randint(3, V, (3, 8), generator=torch.Generator().manual_seed(0))
+    want, n = collect(model, [ids], progress=False), "model.layers.0.mlp.up_proj"
+    for b in (ids.int(), ids.to(torch.uint8), ids.numpy(), dict(input_ids=ids.numpy()), dict(input_ids=ids.int(), labels=ids.int()), BatchEncoding(dict(input_ids=ids.tolist(), attention_mask=[[1] * 8] * 3))):
+        for batches in ([b], iter([b])):
+            got = collect(model, batches, progress=False)
+            assert torch.equal(got[n].G, want[n].G) and torch.equal(got[n].A, want[n].A) and got.meta["data"] == want.meta["data"], type(b)
+
+
+def test_bad_batches():
+    model, ids = tiny("llama"), torch.randint(3, V, (2, 8))
+    for b, match in ((ids.float(), "whole numbers"), (ids - 40, "attention_mask"), (ids[0], r"shape \[8\].*ids\[None\]"), (dict(input_ids=ids, labels=ids[:, 1:]), r"labels has shape \[2, 7\]"),
+                     (dict(input_ids=ids, attention_mask=torch.ones(2, 1, 8, 8)), "attention_mask has shape"), (dict(input_ids=ids, labels=ids.clone().fill_(-1)), "label -1.*-100"),
+                     (dict(input_ids=ids, labels=ids + V), r"not a class \(0 to 36\)")):
+        with pytest.raises(ValueError, match=match): collect(model, [b], labels="data", progress=False)

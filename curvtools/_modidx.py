@@ -274,6 +274,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'curvtools.kfac._spoiled': ('kfac.html#_spoiled', 'curvtools/kfac.py'),
                                 'curvtools.kfac._table': ('kfac.html#_table', 'curvtools/kfac.py'),
                                 'curvtools.kfac._text': ('kfac.html#_text', 'curvtools/kfac.py'),
+                                'curvtools.kfac._unbroken': ('kfac.html#_unbroken', 'curvtools/kfac.py'),
                                 'curvtools.kfac.collect': ('kfac.html#collect', 'curvtools/kfac.py'),
                                 'curvtools.kfac.effective_rank': ('kfac.html#effective_rank', 'curvtools/kfac.py'),
                                 'curvtools.kfac.frozen': ('kfac.html#frozen', 'curvtools/kfac.py'),

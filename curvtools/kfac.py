@@ -6,7 +6,7 @@
 __all__ = ['OuterSum', 'next_token_labels', 'row_uniforms', 'sample_labels', 'logit_grad', 'head_grad', 'frozen', 'split_head',
            'Forecast', 'Factor', 'effective_rank', 'save_tensors', 'load_tensors', 'Factors', 'collect']
 
-# %% ../nbs/02_kfac.ipynb #388b1fc3
+# %% ../nbs/02_kfac.ipynb #05cb6c95
 import contextlib
 import hashlib
 import inspect
@@ -14,6 +14,8 @@ import itertools
 import json
 import os
 import pathlib
+import signal
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Mapping
@@ -103,7 +105,21 @@ def head_grad(head, # maps hidden states [n, d] to logits [n, V]
         z.backward(r.to(z.dtype)); dh[part] = x.grad                         # [chunk, d]
     return dh
 
-# %% ../nbs/02_kfac.ipynb #1aaeb15b
+# %% ../nbs/02_kfac.ipynb #1071f75c
+@contextlib.contextmanager
+def _unbroken():
+    "A first Ctrl-C inside takes effect at the end; a second one at once. Only in the main thread, where signals arrive."
+    old, came = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(old): yield; return
+    def wait(*args):
+        came.append(args)
+        if len(came) > 1: signal.signal(signal.SIGINT, old); old(*args)
+    signal.signal(signal.SIGINT, wait)
+    try: yield
+    finally: signal.signal(signal.SIGINT, old)
+    if len(came) == 1: old(*came[0])
+
+# %% ../nbs/02_kfac.ipynb #d23f882b
 class _Recorder:
     "Hooks on the targets: inputs into A on the way up, output gradients into G on the way down. A context manager."
     def __init__(self, model, targets, leader=None):
@@ -133,12 +149,16 @@ class _Recorder:
 
     def __enter__(self):
         hook = lambda name: lambda m, args, kwargs, out: self.forward(name, args, kwargs, out)
-        self.handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in self.modules.items()]
+        self.handles = []
+        try:
+            with _unbroken(): self.handles += [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in self.modules.items()]
+        except BaseException: self.__exit__(); raise
         return self
     def __exit__(self, *exc):
-        for h in self.handles: h.remove()
+        with _unbroken():
+            for h in self.handles: h.remove()
 
-# %% ../nbs/02_kfac.ipynb #2f4cf39b
+# %% ../nbs/02_kfac.ipynb #eba6738c
 @contextlib.contextmanager
 def frozen(model:nn.Module): # any module
     "Eval mode and no parameter that requires a gradient, inside; modes and flags exactly as before, outside."
@@ -148,8 +168,9 @@ def frozen(model:nn.Module): # any module
         model.eval(); model.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad(): yield model
     finally:
-        for m, training in modes: m.training = training
-        for p, flag in flags: p.requires_grad_(flag)
+        with _unbroken():
+            for m, training in modes: m.training = training
+            for p, flag in flags: p.requires_grad_(flag)
 
 # %% ../nbs/02_kfac.ipynb #bf713e92
 def _check_ids(ids, model):
@@ -446,7 +467,7 @@ def _one_batch(rec, trunk, head, prepared, labels, seed, seen, chunk, n):
     h.backward(dh)
     return int(counted.sum())
 
-# %% ../nbs/02_kfac.ipynb #632269f0
+# %% ../nbs/02_kfac.ipynb #ef7b8d77
 def collect(model, # a transformers model, or the id or folder of a causal one
             batches, # iterable of ids [B, T], or of dicts with input_ids (attention_mask, labels) or pixel_values (labels)
             targets="mlp", # "mlp", "attention", "all", a name with wildcards, a list, or the result of `find_targets`
@@ -460,6 +481,8 @@ def collect(model, # a transformers model, or the id or folder of a causal one
             on_interrupt:str="raise" # Ctrl-C: "raise" (with what there is as `.partial`) or "return" what there is
            )->Factors: # `factors[name].A` [d_in, d_in], `.G` [d_out, d_out], float32 averages, and `.count`
     "Gather the K-FAC factors of the targets in one pass (paper section 2; sums carry their counts). The model is left as found."
+    if on_interrupt not in ("raise", "return"): raise ValueError(f'on_interrupt must be "raise" or "return", not {on_interrupt!r}')
+    if chunk < 1: raise ValueError(f"chunk={chunk} must be 1 or more positions")
     if labels not in ("sample", "data", "exact"): raise ValueError(f'labels must be "sample", "data" or "exact", not {labels!r}')
     if tokens not in ("cls", "all"): raise ValueError(f'tokens must be "cls" or "all", not {tokens!r}')
     if isinstance(model, (str, os.PathLike)):
@@ -472,7 +495,7 @@ def collect(model, # a transformers model, or the id or folder of a causal one
     stream, first, total = _batches(batches)
     with frozen(model): return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt)
 
-# %% ../nbs/02_kfac.ipynb #96f9768f
+# %% ../nbs/02_kfac.ipynb #b2eadd7b
 def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, progress, on_interrupt):
     device, accepts = next(model.parameters()).device, inspect.signature(getattr(model, "base_model", model).forward).parameters
     prepare = lambda b: _text(b, model, device, accepts) if "input_ids" in b else _image(b, device, tokens, labels)
@@ -486,10 +509,11 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     finish = lambda: _result(model, targets, rec, prints, _meta(model, labels, seed, digest.hexdigest(), n))
     try:
         with rec, tqdm(total=total, unit=" tok", unit_scale=True, desc="collect", disable=not progress, delay=1) as bar:
-            for n, b in enumerate(stream, 1):
-                b = _batch(b); key = b.get("input_ids", b.get("pixel_values"))
-                digest.update(key.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-                done += _one_batch(rec, trunk, head, prepare(b), labels, seed, seen, chunk, n)
+            for b in stream:
+                b = _batch(b); key, ready = b.get("input_ids", b.get("pixel_values")), prepare(b)
+                with _unbroken():
+                    done += _one_batch(rec, trunk, head, ready, labels, seed, seen, chunk, n + 1); n += 1
+                    digest.update(key.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
                 bar.update(key.numel() if key.dim() == 2 else len(key))
     except BaseException as e:
         if isinstance(e, KeyboardInterrupt) and on_interrupt == "return" and finish() is not None: return finish()

@@ -247,6 +247,31 @@ def test_interrupted_after_two_batches():
     with pytest.raises(KeyboardInterrupt): collect(model, at_once(), progress=False, on_interrupt="return")
 
 
+@pytest.mark.parametrize("side", ["forward", "backward"])
+def test_ctrl_c_inside_a_batch_waits_for_its_end(side):
+    "A real SIGINT in the second batch, on the way up or down: A, G and count are those of two whole batches. A second SIGINT does not wait."
+    import signal
+    model, ids, calls = tiny("llama"), torch.randint(3, V, (6, 8), generator=torch.Generator().manual_seed(0)), []
+    want, before = collect(model, [ids[:2], ids[2:4]], progress=False), snapshot(model)
+    def strike(times):
+        def hook(m, args, out):
+            def hit(g=None):
+                calls.append(0)
+                if len(calls) == 2: [signal.raise_signal(signal.SIGINT) for _ in range(times)]
+            if len(out) == 2 and out.requires_grad: hit() if side == "forward" else out.register_hook(hit)    # not in the probe, which feeds one row
+        return model.model.layers[1].mlp.register_forward_hook(hook)
+    for times in (1, 2):
+        h = strike(times); calls.clear()
+        with pytest.raises(KeyboardInterrupt) as e: collect(model, ids.split(2), progress=False)
+        h.remove(); assert same(before, snapshot(model)) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if times == 1:
+            part = e.value.partial
+            assert part.meta["batches"] == 2 and part.meta["data"] == want.meta["data"]
+            for n in want: assert near(part[n].G, want[n].G) and near(part[n].A, want[n].A) and part[n].count == want[n].count
+        else: assert len(calls) == 2
+
+
+
 def test_save_load_merge(tmp_path):
     model, ids = tiny("phi3"), torch.randint(3, V, (4, 8), generator=torch.Generator().manual_seed(0))
     a, b, whole = (collect(model, [x], "all", labels="data", progress=False) for x in (ids[:1], ids[1:], ids))
@@ -282,7 +307,7 @@ def test_bad_files(tmp_path):
 
 def test_bad_input():
     model, ids = tiny("llama"), torch.randint(3, V, (2, 8))
-    for kw, match in ((dict(labels="gold"), "sample"), (dict(targets="mpl"), "mlp|select"), (dict(blocks=[7]), "block"), (dict(tokens="x"), "cls")):
+    for kw, match in ((dict(labels="gold"), "sample"), (dict(targets="mpl"), "mlp|select"), (dict(blocks=[7]), "block"), (dict(tokens="x"), "cls"), (dict(chunk=0), "chunk=0"), (dict(on_interrupt="stop"), "raise")):
         with pytest.raises(ValueError, match=match): collect(model, [ids], **kw)
     with pytest.raises(ValueError, match="empty"): collect(model, [])
     with pytest.raises(ValueError, match="at least two tokens"): collect(model, [ids[:, :1]])

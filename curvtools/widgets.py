@@ -184,7 +184,7 @@ def _row_name(name:str, r:Any) -> str:
     if name == "perplexity": return f"perplexity, held-out text ({r.n} windows of {r.window}, {r.tokens:,} tokens)"
     return f"strict, {name}{' (control)' if name == 'unseen' else ''} (n = {r.n}" + (f", {r.unique} different)" if r.unique != r.n else ")")
 
-# %% ../nbs/11_widgets.ipynb #89cec0ff
+# %% ../nbs/11_widgets.ipynb #33b85909
 def readout_html(
     readings:dict, # state of the weights -> what `measure` found; must hold "original"
     heads:dict=None, # state -> heading of its column; None: the state
@@ -192,8 +192,8 @@ def readout_html(
     "Measurements as a table: a row each, a column for each state, intervals and n with all of them."
     base, tag = readings["original"], lambda t, s, more="": f'<{t}{more} style="text-align:left;padding:2px 14px 2px 0;vertical-align:top">{s}</{t}>'
     head = "".join(tag("th", html.escape((heads or {}).get(k, k)), ' scope="col"') for k in readings)
-    rows = "".join("<tr>" + tag("th", _row_name(m, r), ' scope="row"') + "".join(tag("td", _cell(m, v[m], r)) for v in readings.values()) + "</tr>" for m, r in base.items())
-    return (f'<table style="line-height:1.4;border-collapse:collapse;font-variant-numeric:tabular-nums"><thead><tr>{tag("th", "measured", " scope=col")}{head}</tr></thead><tbody>{rows}</tbody></table>'
+    rows = "".join("<tr>" + tag("th", _row_name(m, r), ' scope="row"') + "".join(tag("td", f'<span style="white-space:nowrap">{_cell(m, v[m], r)}</span>') for v in readings.values()) + "</tr>" for m, r in base.items())
+    return (f'<div style="overflow-x:auto"><table style="line-height:1.4;border-collapse:collapse;font-variant-numeric:tabular-nums"><thead><tr>{tag("th", "measured", " scope=col")}{head}</tr></thead><tbody>{rows}</tbody></table></div>'
             '<div style="font-size:12px;line-height:1.4">95 % intervals in brackets; strict is teacher-forced; × is relative to the original, on the same windows.</div>')
 
 # %% ../nbs/11_widgets.ipynb #a2b9744d

@@ -71,7 +71,7 @@ def _check(edit, model, skip:bool):
         other = seen.setdefault(W.data_ptr(), name)
         if other != name: raise ValueError(f"{name} and {other} are the same parameter; edit only one of them")
 
-# %% ../nbs/04_edit.ipynb #74a2a57f
+# %% ../nbs/04_edit.ipynb #d0ce2f2e
 class Applied:
     "An edit in a model, with the bytes that were there before. Made by `Edit.apply`."
     def __init__(self, edit, model, force:bool=False, stack:bool=False):
@@ -86,8 +86,9 @@ class Applied:
         "Write the edited weights (again)."
         if self.active: raise RuntimeError("this edit is applied already")
         self._expect(self._found)
-        self._write(self.edited, self.original)
-        self.active, self._left = True, self._fingerprints()
+        try: self._write(self.edited, self.original); self._left = self._fingerprints()
+        except BaseException: self._write(self.original, self.original); raise
+        self.active = True
         if self.plain: self.edit.result = self._left
         return self
     def undo(self):

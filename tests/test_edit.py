@@ -171,6 +171,25 @@ def test_failing_write_restores(llama, monkeypatch, at, exc):
     assert same(state(m), before)
 
 # ---------- refusals ----------
+def test_interrupted_after_the_write(llama, monkeypatch):
+    "Ctrl-C between the write and the handle: nobody could undo, so the weights must be the old ones; a handle stays usable."
+    import curvtools.edit as module
+    model, basis = llama
+    before, edit, calls = state(model), basis.keep(rho=.5), []
+    handle = edit.apply(model).undo()
+    real = module.fingerprint
+    def interrupted(m, t):
+        calls.append(t)
+        if not same(before, state(m)): raise KeyboardInterrupt             # the first look after the weights have changed
+        return real(m, t)
+    monkeypatch.setattr(module, "fingerprint", interrupted)
+    for f in (lambda: edit.apply(model), handle.redo):
+        with pytest.raises(KeyboardInterrupt): f()
+        assert same(before, state(model))
+    monkeypatch.setattr(module, "fingerprint", real)
+    assert not handle.active and handle.redo().active and same(before, state(handle.undo().model))
+
+
 def test_refuses_another_model(llama):
     m, b = llama; e = b.keep(rho=.5); other = tiny("llama", torch.float32, seed=3); before = state(other)
     with pytest.raises(ValueError, match="another model, or an edit is applied.*stack=True.*force=True"): e.apply(other)

@@ -1,0 +1,341 @@
+"The command line: the effect on the bundled model, each command on a folder, each kind of bad input, and nothing half-written."
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+import curvtools.zoo
+from curvtools.cli import Demo, _html_table, demo, load_model, main, report
+from curvtools.data import Passage, Passages, save_passages
+from curvtools.zoo import playground
+
+CLI = [sys.executable, "-m", "curvtools.cli"]
+
+
+def shell(*args, **kw):
+    env = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore")
+    return subprocess.run([*CLI, *map(str, args)], capture_output=True, text=True, env=env, timeout=570, **kw)
+
+
+# --- help -----------------------------------------------------------------------------------------------------------------------
+
+def test_help_answers_in_under_a_second():
+    took = []
+    for _ in range(3):   # the best of three, so that a busy machine does not decide
+        start = time.perf_counter(); r = shell("--help"); took.append(time.perf_counter() - start)
+        assert r.returncode == 0 and all(c in r.stdout for c in ("demo", "collect", "edit", "recite", "evaluate"))
+    assert min(took) < 1, took
+
+
+def test_help_imports_nothing_heavy():
+    code = """import sys
+from curvtools.cli import main
+try: main(sys.argv[1:])
+except SystemExit: pass
+heavy = {"torch", "transformers", "datasets", "numpy", "matplotlib", "safetensors", "ipywidgets"} & set(sys.modules)
+assert not heavy, heavy"""
+    for args in (["--help"], ["demo", "--help"], ["collect", "--help"], ["--version"], []):
+        r = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr
+
+
+# --- the effect -----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    "`curvtools demo --json`, as a user runs it, in an empty folder."
+    folder = tmp_path_factory.mktemp("demo")
+    return shell("demo", "--json", "--out", "r.html", cwd=folder), folder
+
+
+def test_demo_prints_json_alone(ran):
+    r, _ = ran
+    rows = json.loads(r.stdout)   # nothing else is on standard output
+    assert [x["method"] for x in rows] == ["baseline", "kfac", "svd", "random"]
+    for x in rows:
+        assert {"method", "strict", "loose", "lev", "ppl", "kept"} <= x.keys()
+        assert all(0 <= x[k] <= 1 for k in ("strict", "loose", "lev", "kept")) and x["ppl"] > 1
+        for k in ("strict", "loose", "lev", "ppl"): assert x[f"{k}_interval"][0] <= x[k] <= x[f"{k}_interval"][1]
+    assert "collect" in r.stderr or "curvature on" in r.stderr
+
+
+def test_the_effect(ran):
+    "What the project claims of its bundled model, measured by the command that a newcomer runs first."
+    r, _ = ran
+    base, kfac, svd, random = json.loads(r.stdout)
+    assert base["strict"] >= .90 and base["strict_unseen"] <= .02, "it must recite what it memorised, and only that"
+    assert kfac["strict"] <= .02
+    assert kfac["ppl"] <= 1.02 * base["ppl"]
+    assert random["ppl"] >= 1.2 * base["ppl"] and random["kept"] == kfac["kept"]
+    assert svd["strict"] <= .05   # matched by teacher forcing; generation may differ on a tie
+    assert r.returncode == 0 and "FAIL" not in r.stderr and "undo restores every byte: yes" in r.stderr
+
+
+class Tags(HTMLParser):
+    "All tags of a page with their attributes, as a browser would see them."
+    def __init__(self, html): super().__init__(); self.tags = []; self.feed(html); self.close()
+    def handle_starttag(self, tag, attrs): self.tags.append((tag, dict(attrs)))
+
+
+def self_contained(html):
+    assert len(html.encode()) < 2_000_000 and html.startswith("<!doctype html>") and html.endswith("</html>")
+    assert not re.search(r"https?://|url\(|@import", html)
+    for tag, attrs in Tags(html).tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form", "x"), tag
+        assert not any(k.startswith("on") or k in ("href", "srcset", "action") for k in attrs), (tag, attrs)
+        if "src" in attrs: assert tag == "img" and attrs["src"].startswith("data:image/png;base64,") and attrs["alt"]
+
+
+def test_the_report(ran):
+    _, folder = ran
+    assert [p.name for p in folder.iterdir()] == ["r.html"]
+    html = (folder/"r.html").read_text()
+    self_contained(html)
+    assert html.count("<img") == 4 and html.count("PASS") == 6
+    for word in ("random directions", "95 %", "Provenance", "fingerprint", "What this does not show", "unedited", "natural", "canary", "seed"): assert word in html, word
+
+
+# --- a small playground, for everything that need not be true of the real one ---------------------------------------------------
+
+@pytest.fixture(scope="module")
+def small():
+    "The bundled tokenizer and text, an untrained model of three narrow blocks: quick, and it recites nothing."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    pg = playground()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(pg.tokenizer), hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=pg.tokenizer.eos_token_id, pad_token_id=pg.tokenizer.pad_token_id)).eval()
+    evil = Passage(pg.memorized[-1].prefix, pg.memorized[-1].suffix, source="<script>alert(1)</script>", label='"><img src=x onerror=alert(1)>', kind="<b>kind</b>", tier=64)
+    return dataclasses.replace(pg, model=model, clean=pg.clean[:4], heldout=pg.heldout[:4], memorized=Passages([evil, *pg.memorized.where(min_tier=64)[:5], *pg.memorized.where(tier=4)[:2]]), unseen=pg.unseen[:4])
+
+
+def test_a_failed_gate_is_said_and_is_exit_code_1(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(curvtools.zoo, "playground", lambda *a: small); monkeypatch.chdir(tmp_path)
+    before = {k: v.clone() for k, v in small.model.state_dict().items()}
+    assert main(["demo"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  the model recites what it memorised" in out and "A gate FAILED" in out and "PASS  undo" in out
+    assert "FAIL" in (tmp_path/"curvtools-report.html").read_text()
+    assert all(torch.equal(v, before[k]) for k, v in small.model.state_dict().items())
+
+
+def test_report_escapes_what_comes_from_data(small, tmp_path):
+    d = demo(small, tokens=256, log=lambda *a: None)
+    for r in d.recited["baseline"].rows[:1]: r["strict"] = True   # so that the page shows this passage
+    html = report(d, tmp_path/"r.html").read_text()
+    self_contained(html)
+    assert "alert(1)" in html and ("b", {}) not in Tags(html).tags
+    assert "<x>" not in _html_table(["<x>"], [["<x>", ("<x>", "<x>")]], "<x>")
+
+
+def test_the_demo_leaves_the_model_when_stopped(small, monkeypatch):
+    before = {k: v.clone() for k, v in small.model.state_dict().items()}
+    def log(text):
+        if "random directions" in str(text): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): demo(small, tokens=256, log=log)
+    assert all(torch.equal(v, before[k]) for k, v in small.model.state_dict().items())
+
+
+# --- the commands on a folder ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def place(small, tmp_path_factory):
+    "A folder with a model folder, text and passages."
+    at = tmp_path_factory.mktemp("place")
+    small.model.save_pretrained(at/"lm"); small.tokenizer.save_pretrained(at/"lm")
+    (at/"text.txt").write_text(small.tokenizer.decode(small.clean.ids.flatten()))
+    save_passages(small.memorized, at/"p.jsonl")
+    return at
+
+
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    "Run a command in that folder; gives (exit code, stdout, stderr), and checks that no temporary file stays."
+    monkeypatch.chdir(place)
+    def f(line, *more):
+        try: code = main([*line.split(), *more])
+        except SystemExit as e: code = e.code
+        left = [p for p in place.rglob("*") if ".tmp" in p.name]
+        assert not left, left
+        return code, *capsys.readouterr()
+    return f
+
+
+def test_collect_edit_recite_evaluate(run, place):
+    code, out, _ = run("collect lm --text text.txt --out f.safetensors --length 32 --tokens 512 --blocks -1 --projections gate up --labels data --seed 3")
+    assert code == 0 and "16 x 32 = 512 tokens" in out and (place/"f.safetensors").is_file()
+    from curvtools.kfac import Factors
+    f = Factors.load(place/"f.safetensors")
+    assert list(f) == ["model.layers.2.mlp.gate_proj", "model.layers.2.mlp.up_proj"] and f.tokens == 16*31 and (f.meta["labels"], f.meta["seed"]) == ("data", 3)
+    code, out, _ = run("edit lm f.safetensors --rho .5 --projections up --out edited")
+    assert code == 0 and "1 target" in out and (place/"edited"/"recipe.json").is_file()
+    a, b = load_model(place/"lm")[0].state_dict(), load_model(place/"edited")[0].state_dict()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == ["model.layers.2.mlp.up_proj.weight"]
+    code, out, _ = run("recite edited p.jsonl")
+    assert code == 0 and "strict" in out
+    code, out, _ = run("recite edited p.jsonl --json")
+    rows = json.loads(out)
+    assert code == 0 and len(rows) == 8 and {"strict", "loose", "lev", "text"} <= rows[0].keys()
+    code, out, _ = run("evaluate lm --text text.txt --length 64")
+    assert code == 0 and re.search(r"perplexity \d", out)
+    code, out, _ = run("evaluate lm --text text.txt --length 64 --json")
+    assert code == 0 and json.loads(out)[0]["ppl"] > 1
+
+
+def test_the_word_playground(run, small, monkeypatch, place):
+    monkeypatch.setattr(curvtools.zoo, "playground", lambda *a: small)
+    assert run("collect playground --out pg.safetensors")[0] == 0
+    assert run("edit playground pg.safetensors --fraction .2 --out pg-edited")[0] == 0
+    code, out, _ = run("recite playground")
+    assert code == 0 and "64" in out
+    assert run("evaluate playground")[0] == 0
+
+
+def test_a_tokenizer_from_elsewhere(run, place):
+    shutil.copytree(place/"lm", place/"bare")
+    for f in place.glob("bare/*token*"): f.unlink()
+    code, _, err = run("evaluate bare --text text.txt")
+    assert code == 2 and "no tokenizer" in err and "tokenizer.json" in err and "--tokenizer" in err
+    assert run("evaluate bare --text text.txt --tokenizer lm")[0] == 0
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def bad(place):
+    "Broken things beside the good ones."
+    for name in ("noconfig", "noweights", "pickled", "cut", "nan", "other"): shutil.copytree(place/"lm", place/name)
+    (place/"noconfig"/"config.json").unlink()
+    (place/"noweights"/"model.safetensors").unlink(); (place/"pickled"/"model.safetensors").rename(place/"pickled"/"pytorch_model.bin")
+    data = (place/"lm"/"model.safetensors").read_bytes(); (place/"cut"/"model.safetensors").write_bytes(data[:len(data)//2])
+    model, _ = load_model(place/"lm")
+    with torch.no_grad(): model.model.layers[2].mlp.up_proj.weight[0, 0] += .5
+    model.save_pretrained(place/"other")
+    with torch.no_grad(): model.model.layers[0].mlp.down_proj.weight[1, 1] = float("nan")
+    model.save_pretrained(place/"nan")
+    (place/"foreign.gguf").write_bytes(b"PK\3\4 not it"); (place/"cut.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(20))
+    (place/"empty.txt").write_text(""); (place/"short.txt").write_text("It was"); (place/"latin.txt").write_bytes(b"caf\xe9")
+    (place/"empty.jsonl").write_text(""); (place/"bad.jsonl").write_text('{"prefix": [1, 2], "suffix": [3]}\n{"prefix": [1]}\n')
+    (place/"long.jsonl").write_text(json.dumps(dict(prefix=[5]*120, suffix=[6]*20))); (place/"far.jsonl").write_text(json.dumps(dict(prefix=[5]*10, suffix=[60000])))
+    assert main(["collect", str(place/"lm"), "--text", str(place/"text.txt"), "--out", str(place/"ok.safetensors"), "--blocks", "-1"]) == 0
+    data = (place/"ok.safetensors").read_bytes(); (place/"cut.safetensors").write_bytes(data[:1000])
+    shutil.copy(place/"lm"/"model.safetensors", place/"notfactors.safetensors")
+    (place/"full").mkdir(); (place/"full"/"a").write_text("")
+    return place
+
+
+@pytest.mark.parametrize("line, says", [
+    # models
+    ("evaluate ./absent --text text.txt", "no folder ./absent"),
+    ("evaluate absent-model --text text.txt", "no folder absent-model"),
+    ("evaluate text.txt --text text.txt", "text.txt is a file"),
+    ("evaluate noconfig --text text.txt", "no config.json"),
+    ("evaluate noweights --text text.txt", "no .safetensors file"),
+    ("evaluate pickled --text text.txt", "pickled weights are not read"),
+    ("evaluate cut --text text.txt", "cut short"),
+    ("evaluate absent.gguf --text text.txt", "absent.gguf"),
+    ("evaluate foreign.gguf --text text.txt", "not a GGUF file"),
+    ("evaluate cut.gguf --text text.txt", "cut short"),
+    ("evaluate lm --gguf-file absent.gguf --text text.txt", "absent.gguf"),
+    ("collect nan --text text.txt --out x", "model.layers.0.mlp.down_proj"),
+    # text
+    ("evaluate lm", "--text"),
+    ("evaluate lm --text absent.txt", "no file absent.txt"),
+    ("evaluate lm --text empty.txt", "empty"),
+    ("evaluate lm --text short.txt", "less than one window"),
+    ("evaluate lm --text latin.txt", "latin.txt is not UTF-8"),
+    ("evaluate lm --text text.txt --length 1", "two tokens"),
+    ("evaluate lm --text text.txt --length 0", "--length"),
+    ("evaluate lm --text text.txt --length 129", "128"),
+    ("collect lm --text text.txt --tokens -5 --out x", "--tokens"),
+    # selection
+    ("collect lm --text text.txt --out x --targets *.nothing", "nothing"),
+    ("collect lm --text text.txt --out x --blocks 7", "7"),
+    ("collect lm --text text.txt --out x --projections fc9", "fc9"),
+    ("collect lm --text text.txt --out x --labels wrong", "--labels"),
+    # where to
+    ("collect lm --text text.txt --out absent/x", "no folder absent"),
+    ("collect lm --text text.txt --out full", "is a folder"),
+    ("edit lm ok.safetensors --rho .5 --out full", "full exists"),
+    ("edit lm ok.safetensors --rho .5 --out absent/x", "no folder absent"),
+    ("demo --out absent/r.html", "no folder absent"),
+    # edits
+    ("edit lm ok.safetensors --out x", "--rho"),
+    ("edit lm ok.safetensors --rho 1.5 --out x", "0 to 1"),
+    ("edit lm ok.safetensors --rho -1 --out x", "0 to 1"),
+    ("edit lm ok.safetensors --rho nan --out x", "0 to 1"),
+    ("edit lm ok.safetensors --rho .5 --fraction .5 --out x", "not allowed with"),
+    ("edit lm ok.safetensors --rho .5 --blocks 0 --out x", "block"),
+    ("edit lm absent.safetensors --rho .5 --out x", "no file absent.safetensors"),
+    ("edit lm cut.safetensors --rho .5 --out x", "cut.safetensors is not a complete safetensors file"),
+    ("edit lm notfactors.safetensors --rho .5 --out x", "notfactors.safetensors"),
+    ("edit lm text.txt --rho .5 --out x", "text.txt is not"),
+    ("edit other ok.safetensors --rho .5 --out x", "model.layers.2.mlp.up_proj"),
+    # passages
+    ("recite lm", "no passages"),
+    ("recite lm absent.jsonl", "no file absent.jsonl"),
+    ("recite lm empty.jsonl", "no passages"),
+    ("recite lm bad.jsonl", "line 2"),
+    ("recite lm long.jsonl", "128"),
+    ("recite lm far.jsonl", "60000"),
+    # the line itself
+    ("nonsense", "invalid choice"),
+    ("collect lm --text text.txt", "--out"),
+])
+def test_bad_input(run, bad, line, says):
+    there = sorted(p.name for p in bad.iterdir())
+    code, out, err = run(line)
+    assert code == 2 and "Traceback" not in err + out
+    message = err.strip().splitlines()[-1]
+    assert message.startswith("curvtools") and says in message, err
+    assert sorted(p.name for p in bad.iterdir()) == there, "something was written"
+
+
+def test_gguf_without_the_package(run, bad, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    code, _, err = run("evaluate cut.gguf --text text.txt")
+    assert code == 2 and 'pip install "curvtools[gguf]"' in err
+
+
+def test_debug_shows_the_traceback(run, bad):
+    with pytest.raises(FileNotFoundError): run("evaluate ./absent --text text.txt --debug")
+
+
+def test_errors_reach_the_shell(tmp_path):
+    r = shell("evaluate", tmp_path/"absent", "--text", __file__)
+    assert r.returncode == 2 and r.stdout == "" and len(r.stderr.strip().splitlines()) == 1 and r.stderr.startswith("curvtools evaluate: there is no folder")
+
+
+# --- cancelling -----------------------------------------------------------------------------------------------------------------
+
+def interrupt(*a, **kw): raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("line, where", [
+    ("collect lm --text text.txt --out x", "curvtools.kfac.sample_labels"),
+    ("collect lm --text text.txt --out x", "safetensors.torch.save_file"),
+    ("edit lm ok.safetensors --rho .5 --out x", "curvtools.edit.save_edit"),
+    ("edit lm ok.safetensors --rho .5 --out x", "transformers.PreTrainedTokenizerBase.save_pretrained"),
+    ("recite lm p.jsonl", "curvtools.recite._greedy"),
+])
+def test_cancel_leaves_nothing(run, bad, monkeypatch, line, where):
+    there = sorted(p.name for p in bad.iterdir())
+    monkeypatch.setattr(where, interrupt)
+    code, _, err = run(line)
+    assert code == 130 and "cancelled" in err and sorted(p.name for p in bad.iterdir()) == there
+
+
+def test_a_full_disk_leaves_nothing(run, bad, monkeypatch):
+    def full(*a, **kw): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("curvtools.edit.save_edit", full)
+    there = sorted(p.name for p in bad.iterdir())
+    code, _, err = run("edit lm ok.safetensors --rho .5 --out x")
+    assert code == 2 and "No space left" in err and sorted(p.name for p in bad.iterdir()) == there

@@ -10,7 +10,7 @@ here = pathlib.Path(__file__).parent
 def block(cell):
     src = "".join(cell["source"])
     if re.search(r"^#\|\s*hide\b", src, re.M): return ""
-    if cell["cell_type"] == "markdown": return src
+    if cell["cell_type"] == "markdown": return re.sub(r"\]\((?!https?:|#)(\.\./)?", lambda m: "](" if m[1] else "](nbs/", src)   # links are relative to nbs/ there
     code = "\n".join(l for l in src.splitlines() if not l.startswith("#|")).strip()
     outs = []
     for o in cell["outputs"]:

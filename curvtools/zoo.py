@@ -513,7 +513,7 @@ def _hash(rows:Tensor) -> str:
     import hashlib
     return hashlib.blake2b(rows.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
 
-# %% ../nbs/13_zoo.ipynb #9f5e71f5
+# %% ../nbs/13_zoo.ipynb #3f9a155b
 def bundle(
     model:nn.Module, # trained
     stream:Stream, # what it was trained on
@@ -523,9 +523,10 @@ def bundle(
     **notes, # what else training.json shall say
 ) -> Path: # the folder
     "Writes model (bfloat16), tokenizer, windows, passages and training log as a folder that `playground` opens."
-    import copy
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out); stream.tokenizer.save_pretrained(out)
+    save_file({k: p.detach().bfloat16() for k, p in model.named_parameters()}, out/"model.safetensors", metadata=dict(format="pt"))
+    config = type(model.config).from_dict(model.config.to_dict() | dict(dtype="bfloat16", architectures=[type(model).__name__]))
+    config.save_pretrained(out); model.generation_config.save_pretrained(out); stream.tokenizer.save_pretrained(out)
     save_file(dict(clean=stream.clean, heldout=stream.heldout), out/"data.safetensors")
     used = stream.at[:log[-1]["step"]*batch] if log else stream.at[:0]
     seen = torch.bincount(used[used >= 0], minlength=len(stream.memorized)).tolist()

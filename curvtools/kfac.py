@@ -318,7 +318,7 @@ def effective_rank(M:Tensor # symmetric, positive semi-definite [d, d]
     "Participation ratio of the eigenvalues, (sum m)^2 / sum m^2, from traces alone."
     return (M.trace()**2 / M.pow(2).sum()).item()
 
-# %% ../nbs/02_kfac.ipynb #bb8330f4
+# %% ../nbs/02_kfac.ipynb #b5154add
 def save_tensors(path, # file to write
                  kind:str, # what it is, e.g. "curvtools.factors/1"
                  tensors:dict, # name -> tensor
@@ -343,7 +343,8 @@ def load_tensors(path, # file to read
         with safe_open(path, "pt") as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e: raise ValueError(f"{path} is not a complete safetensors file ({e}); it was cut short or is something else: make it again") from e
     if meta.get("kind") != kind: raise ValueError(f"{path} holds {meta.get('kind', 'no curvtools data')!r}, not {kind!r}")
-    return tensors, json.loads(meta["meta"])
+    try: return tensors, json.loads(meta["meta"])
+    except (KeyError, ValueError) as e: raise ValueError(f"{path} has no readable header ({type(e).__name__}: {e}); it is damaged: make it again") from e
 
 # %% ../nbs/02_kfac.ipynb #de7c73ad
 class Factors(Mapping):
@@ -394,7 +395,7 @@ def _say(self): return f'Factors of {len(self)} targets: {self.tokens:,} positio
 Factors.__repr__ = lambda self: _say(self) + "\n" + _table(_head, _rows(self))
 Factors._repr_html_ = lambda self: _html_table(_head, _rows(self), _say(self))
 
-# %% ../nbs/02_kfac.ipynb #508f5e9f
+# %% ../nbs/02_kfac.ipynb #880def3a
 def _save(self, path):
     "Write the factors as safetensors, A once where it is shared; complete or absent."
     tensors, where, targets = {}, {}, {}
@@ -407,8 +408,14 @@ def _save(self, path):
 def _load(cls, path):
     "Read factors back. ValueError on a truncated or foreign file."
     tensors, d = load_tensors(path, cls.kind)
+    try: return _unpack(cls, tensors, d)
+    except (KeyError, TypeError, AttributeError, ValueError) as e: raise ValueError(f"{path} does not hold complete factors ({type(e).__name__}: {e}); it is damaged or was written by another version: collect again") from e
+
+def _unpack(cls, tensors, d):
     make = lambda t: Target(**{k: v for k, v in t.items() if k not in ("count", "A", "parts")}, parts=tuple((n, tuple(map(tuple, r))) for n, r in t["parts"]))
     factors = {n: Factor(make(t), tensors[t["A"]], tensors[f"G/{n}"], t["count"]) for n, t in d["targets"].items()}
+    for n, f in factors.items():
+        if (*f.G.shape, *f.A.shape) != (f.target.d_out,) * 2 + (f.target.d_in,) * 2: raise ValueError(f"{n} is {f.target.d_out} x {f.target.d_in}, but G is {list(f.G.shape)} and A {list(f.A.shape)}")
     return cls(factors, d["fingerprints"], d["meta"])
 
 def _add(self, other):

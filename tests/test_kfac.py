@@ -303,6 +303,20 @@ def test_bad_files(tmp_path):
     save_file({"x": torch.ones(1)}, p)
     with pytest.raises(ValueError, match="not 'curvtools.factors/1'"): Factors.load(p)
     with pytest.raises(FileNotFoundError): Factors.load(tmp_path/"none.safetensors")
+    # the right kind, but damaged inside: never a bare KeyError
+    import json
+    from safetensors import safe_open
+    f.save(p)
+    with safe_open(p, "pt") as s: header, tensors = s.metadata(), {k: s.get_tensor(k) for k in s.keys()}
+    meta, n = json.loads(header["meta"]), next(iter(f))
+    less = lambda d, k: {a: b for a, b in d.items() if a != k}
+    def put(m=meta, t=tensors): save_file(t, p, metadata=dict(header, meta=json.dumps(m)))
+    for k in meta: put(less(meta, k)); pytest.raises(ValueError, Factors.load, p).match("complete factors")
+    for row in (less(meta["targets"][n], "count"), dict(meta["targets"][n], new=1)):
+        put(dict(meta, targets=dict(meta["targets"], **{n: row}))); pytest.raises(ValueError, Factors.load, p).match("complete factors")
+    put(t=less(tensors, f"G/{n}")); pytest.raises(ValueError, Factors.load, p).match("complete factors")
+    put(t=dict(tensors, **{f"G/{n}": torch.eye(3)})); pytest.raises(ValueError, Factors.load, p).match(r"G is \[3, 3\]")
+    save_file(tensors, p, metadata=less(header, "meta")); pytest.raises(ValueError, Factors.load, p).match("no readable header")
 
 
 def test_bad_input():

@@ -43,7 +43,7 @@ def _window_nll(logits:Tensor, targets:Tensor, chunk:int=2**24) -> tuple: # (nll
 # %% ../nbs/06_evaluate.ipynb #8a58d204
 def _exp(x:Any) -> float: return torch.as_tensor(x, dtype=torch.float64).exp().item()    # inf where math.exp would fail
 
-# %% ../nbs/06_evaluate.ipynb #2af9f104
+# %% ../nbs/06_evaluate.ipynb #851f897b
 class Perplexity(float):
     "exp(total NLL / scored tokens), with the sums it came from."
     def __new__(cls,
@@ -59,6 +59,7 @@ class Perplexity(float):
         self = super().__new__(cls, value)
         self.window_nll, self.window_tokens, self.window, self.batches = window_nll, window_tokens, window, batches
         return self
+    def __getnewargs__(self): return self.window_nll, self.window_tokens, self.window, self.batches   # for copy and pickle
     @property
     def n(self) -> int: return len(self.window_nll)                       # windows
     @property

@@ -149,6 +149,14 @@ def test_the_number_remembers():
     assert perplexity(model, [ids, ids[:, :5]]).window == "5-13"
 
 
+def test_a_perplexity_can_be_copied():
+    "Results travel: copy.deepcopy of a report, a worker process."
+    import copy, pickle
+    for paper in (False, True):
+        p = perplexity(llama(), Windows(some_ids(), batch_size=3), paper=paper)
+        for q in (copy.copy(p), copy.deepcopy(p), pickle.loads(pickle.dumps(p))): assert q == p and repr(q) == repr(p) and torch.equal(q.window_nll, p.window_nll) and q.interval() == p.interval()
+
+
 def test_ratio_is_paired():
     model, ids = llama(), some_ids(40)
     before = perplexity(model, ids)

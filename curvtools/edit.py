@@ -160,21 +160,25 @@ def _plan_table(edit) -> tuple: # head, rows
     rows.append(["all", f"{kept:,}", f"{total - kept:,}", pct(kept / total), "", ""])
     return ["target", "pairs kept", "removed", "kept", "mass kept", "energy kept"], rows
 
-# %% ../nbs/04_edit.ipynb #abe3ab9f
+# %% ../nbs/04_edit.ipynb #04bbf814
 def _strengths(x, blocks, n_blocks:int|None) -> tuple: # function of a block -> strength, blocks
     "A strength for every block, from one number or from a dictionary."
     if not isinstance(x, dict): return (lambda b: x), blocks
     if not x: raise ValueError("the dictionary of strengths is empty; give {block: strength}")
     by = {_block(b, n_blocks): v for b, v in x.items()}
+    if len(by) < len(x): raise ValueError(f"two strengths for one block: {', '.join(map(str, x))} name only the blocks {sorted(by)}")
     def of(b):
         if b not in by: raise ValueError(f"no strength is given for block {b}, only for {sorted(by)}")
         return by[b]
     return of, list(x) if blocks is None else blocks
 
 def _plain(x): return {str(k): float(v) for k, v in x.items()} if isinstance(x, dict) else float(x)
-def _listed(x): return x if x is None or isinstance(x, (int, str)) else list(x)
+def _listed(x):
+    "None, one item or a list, as JSON can hold it; arrays become numbers, generators lists."
+    x = x.tolist() if hasattr(x, "tolist") else x
+    return x if x is None or isinstance(x, (int, str)) else [i.tolist() if hasattr(i, "tolist") else i for i in x]
 
-# %% ../nbs/04_edit.ipynb #12b5e52c
+# %% ../nbs/04_edit.ipynb #652465a6
 def keep(
     basis:Basis,
     rho=None, # share of the curvature mass to keep, or {block: share}, ...
@@ -188,9 +192,10 @@ def keep(
     targets = [e.target for e in basis.values()]
     n = basis.meta.get("n_blocks")
     of, blocks = _strengths(x, blocks, n)
+    blocks, projections = _listed(blocks), _listed(projections)
     picked = [basis[k] for k in _pick(targets, blocks, projections, n)]
     plan = {e.target.name: Plan(e.target, e, e.mask(**{name: of(e.target.block)}).rows) for e in picked}
-    settings = {name: _plain(x), "blocks": _listed(blocks), "projections": _listed(projections)}
+    settings = {name: _plain(x), "blocks": blocks, "projections": projections}
     return Edit(plan, basis.meta.get("basis", "kfac"), settings, basis.meta)
 
 # %% ../nbs/04_edit.ipynb #8f123c4a

@@ -278,6 +278,19 @@ def test_selection(llama):
 def test_bad_plans(llama, kw, error):
     with pytest.raises(ValueError, match=error): llama[1].keep(**kw)
 
+def test_blocks_in_any_form_are_recorded_and_saved(llama, tmp_path):
+    "A numpy block was not JSON, so the edit could not be saved; a generator was used up before the recipe noted it."
+    import numpy as np
+    _, b = llama
+    for i, blocks in enumerate((np.array([0, 1]), torch.tensor([0, 1]), (x for x in (0, 1)), [np.int64(0), 1], range(2))):
+        e = b.keep(rho=.7, blocks=blocks)
+        assert {p.target.block for p in e.plan.values()} == {0, 1} and e.settings["blocks"] == [0, 1]
+        assert Edit.load(e.save(tmp_path/str(i))).settings == e.settings
+    assert b.keep(rho=.7, blocks=np.int64(1)).settings["blocks"] == 1
+    e = b.keep(rho={np.int64(1): .5}); assert Edit.load(e.save(tmp_path/"d")).settings == e.settings
+    with pytest.raises(ValueError, match="two strengths for one block"): b.keep(rho={-1: .5, b.meta["n_blocks"] - 1: .9})
+
+
 def test_negative_blocks_need_the_model(llama):
     m, b = llama
     alone = Basis([Eigen(e.target, e.UG, e.UA, e.lam, e.mu) for e in b.values()])

@@ -258,6 +258,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'curvtools.kfac._backward_exact': ('kfac.html#_backward_exact', 'curvtools/kfac.py'),
                                 'curvtools.kfac._batch': ('kfac.html#_batch', 'curvtools/kfac.py'),
                                 'curvtools.kfac._batches': ('kfac.html#_batches', 'curvtools/kfac.py'),
+                                'curvtools.kfac._check_causal': ('kfac.html#_check_causal', 'curvtools/kfac.py'),
                                 'curvtools.kfac._check_finite': ('kfac.html#_check_finite', 'curvtools/kfac.py'),
                                 'curvtools.kfac._check_ids': ('kfac.html#_check_ids', 'curvtools/kfac.py'),
                                 'curvtools.kfac._check_labels': ('kfac.html#_check_labels', 'curvtools/kfac.py'),

@@ -172,7 +172,7 @@ def frozen(model:nn.Module): # any module
             for m, training in modes: m.training = training
             for p, flag in flags: p.requires_grad_(flag)
 
-# %% ../nbs/02_kfac.ipynb #bf713e92
+# %% ../nbs/02_kfac.ipynb #7bc7a360
 def _check_ids(ids, model):
     "ValueError where ids [B, T] cannot be this model's input."
     if ids.dim() != 2 or ids.shape[1] < 2: raise ValueError(f"a batch of shape {list(ids.shape)}: windows must be [B, T] with at least two tokens, one to read and one to predict")
@@ -192,7 +192,7 @@ def _text(batch, model, device, accepts):
     batch = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)}
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     _check_ids(ids, model)
-    for k in ("attention_mask", "labels"):
+    for k in ("attention_mask", "position_ids", "labels"):
         if k in batch and batch[k].shape != ids.shape: raise ValueError(f"{k} has shape {list(batch[k].shape)}, the input_ids of its batch have {list(ids.shape)}: they must be the same")
     if "labels" in batch: _check_labels(batch["labels"], getattr(model.config, "vocab_size", None) if hasattr(model, "config") else None)
     y, w = next_token_labels(ids, mask, batch.get("labels"))
@@ -200,6 +200,7 @@ def _text(batch, model, device, accepts):
     if mask is not None and not mask.bool().all():
         inputs["attention_mask"] = mask[:, :-1]
         if not mask[:, 0].bool().all() and "position_ids" in accepts: inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_(min=0)[:, :-1]
+    if "position_ids" in batch: inputs["position_ids"] = batch["position_ids"][:, :-1]   # packed documents, counted each from its start
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     has_next = real & (real.flip(1).cumsum(1).flip(1) > 1)                   # real tokens but the last of each row
     return inputs, y, w, ids, (real, has_next)
@@ -211,15 +212,15 @@ def _image(batch, device, tokens, labels):
     y = batch["labels"].to(device) if batch.get("labels") is not None else torch.zeros(len(x), dtype=torch.long, device=device)
     return dict(pixel_values=x), y, tokens, x, (torch.ones(len(x), 1, dtype=torch.bool),) * 2
 
-# %% ../nbs/02_kfac.ipynb #63863e22
+# %% ../nbs/02_kfac.ipynb #568494fa
 def _batch(b):
     "One item of `batches` as a dict of tensors; ids and labels in int64."
     if torch.is_tensor(b) or hasattr(b, "__array__"): b = dict(input_ids=b)
     if not isinstance(b, Mapping) or not ("input_ids" in b or "pixel_values" in b):
         raise TypeError(f"a batch must be ids [B, T] or a dict with input_ids or pixel_values, not {type(b).__name__}; make batches of text with windows(text, tokenizer)")
-    b = {k: torch.as_tensor(b[k]) for k in ("input_ids", "attention_mask", "labels", "pixel_values") if b.get(k) is not None}
+    b = {k: torch.as_tensor(b[k]) for k in ("input_ids", "attention_mask", "position_ids", "labels", "pixel_values") if b.get(k) is not None}
     if "input_ids" in b and b["input_ids"].dim() != 2: raise ValueError(f"a batch of shape {list(b['input_ids'].shape)}: token ids must be windows [B, T]; a single one is ids[None]")
-    return {k: v.long() if k in ("input_ids", "labels") and not v.is_floating_point() else v for k, v in b.items()}
+    return {k: v.long() if k in ("input_ids", "position_ids", "labels") and not v.is_floating_point() else v for k, v in b.items()}
 
 def _batches(batches):
     "An iterator over dicts, and the total of positions where it is known."
@@ -232,7 +233,7 @@ def _batches(batches):
     if first is None: raise ValueError("no data: batches is empty, so there is nothing to estimate curvature from")
     return itertools.chain([first], it), _batch(first), total
 
-# %% ../nbs/02_kfac.ipynb #d5f7b7b8
+# %% ../nbs/02_kfac.ipynb #afdc1d0b
 def split_head(model:nn.Module, # a transformers model
                inputs:dict # keyword arguments of a small forward pass, for the check
               )->tuple: # trunk(**inputs) -> [..., d], head([n, d]) -> [n, V], chunked: bool
@@ -242,11 +243,24 @@ def split_head(model:nn.Module, # a transformers model
         if not hasattr(out, "logits"): raise ValueError(f"{type(model).__name__} predicts nothing (it has no head); load it with a head, e.g. AutoModelForCausalLM or AutoModelForImageClassification")
         return out.logits
     head, base = (model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None), getattr(model, "base_model", model)
-    if head is None or base is model or "input_ids" not in inputs: return whole, lambda h: h, False
+    if not isinstance(head, nn.Linear) or base is model or "input_ids" not in inputs: return whole, lambda h: h, False
     trunk = lambda **kw: base(**kw).last_hidden_state
-    with torch.no_grad(): want, got = whole(**inputs), head(trunk(**inputs))
+    with torch.no_grad():
+        want, h = whole(**inputs), trunk(**inputs)
+        if h.shape[-1] != head.in_features: return whole, lambda h: h, False
+        got = head(h)
     same = got.shape == want.shape and torch.equal(got.to(want.dtype), want)  # the same operations on the same numbers: to the bit
     return (trunk, head, True) if same else (whole, lambda h: h, False)
+
+# %% ../nbs/02_kfac.ipynb #58d35abe
+def _check_causal(trunk, inputs, model):
+    "ValueError if what comes out at earlier positions depends on the last token."
+    ids = inputs["input_ids"]
+    if ids.shape[1] < 2: return
+    other = ids.clone(); other[:, -1] = torch.where(ids[:, -1] == 0, 1, 0)
+    with torch.no_grad(): a, b = (trunk(**dict(inputs, input_ids=x))[:, :-1] for x in (ids, other))
+    slack = 1e-4 if torch.finfo(a.dtype).bits >= 32 else 2e-2               # rounding; a causal model gives the same numbers
+    if (a - b).abs().max() > slack * a.abs().max(): raise ValueError(f"{type(model).__name__} looks at later tokens, so predicting the next one means nothing for it: a causal language model is needed (or an image classifier)")
 
 # %% ../nbs/02_kfac.ipynb #42ae7471
 @dataclass(frozen=True)
@@ -318,7 +332,7 @@ def effective_rank(M:Tensor # symmetric, positive semi-definite [d, d]
     "Participation ratio of the eigenvalues, (sum m)^2 / sum m^2, from traces alone."
     return (M.trace()**2 / M.pow(2).sum()).item()
 
-# %% ../nbs/02_kfac.ipynb #b5154add
+# %% ../nbs/02_kfac.ipynb #f3ef199f
 def save_tensors(path, # file to write
                  kind:str, # what it is, e.g. "curvtools.factors/1"
                  tensors:dict, # name -> tensor
@@ -326,7 +340,7 @@ def save_tensors(path, # file to write
                 ):
     "Write safetensors with JSON metadata; the file is complete or absent."
     from safetensors.torch import save_file
-    path = pathlib.Path(path); tmp = path.with_name(path.name + f".{os.getpid()}.tmp")
+    path = pathlib.Path(path); path.parent.mkdir(parents=True, exist_ok=True); tmp = path.with_name(path.name + f".{os.getpid()}.tmp")
     try:
         save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, tmp, metadata={"kind": kind, "meta": json.dumps(meta)})
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
@@ -395,7 +409,7 @@ def _say(self): return f'Factors of {len(self)} targets: {self.tokens:,} positio
 Factors.__repr__ = lambda self: _say(self) + "\n" + _table(_head, _rows(self))
 Factors._repr_html_ = lambda self: _html_table(_head, _rows(self), _say(self))
 
-# %% ../nbs/02_kfac.ipynb #880def3a
+# %% ../nbs/02_kfac.ipynb #0cb3d7dd
 def _save(self, path):
     "Write the factors as safetensors, A once where it is shared; complete or absent."
     tensors, where, targets = {}, {}, {}
@@ -422,13 +436,14 @@ def _add(self, other):
     "Merge two runs over different data of the same model: sums and counts add up."
     if not isinstance(other, Factors): return NotImplemented
     if set(self) != set(other) or self.fingerprints != other.fingerprints: raise ValueError("these factors are not of the same targets of the same model, so their sum has no meaning")
-    if self.meta.get("labels") != other.meta.get("labels"): raise ValueError(f'labels="{self.meta.get("labels")}" and labels="{other.meta.get("labels")}" estimate different matrices; collect both with the same labels')
+    for k in ("labels", "tokens"):
+        if self.meta.get(k) != other.meta.get(k): raise ValueError(f'{k}="{self.meta.get(k)}" and {k}="{other.meta.get(k)}" estimate different matrices; collect both with the same {k}')
     made, out = {}, {}
     for n, a in self.items():
         b = other[n]; x, total = b.count / (a.count + b.count), a.count + b.count
         A = made.setdefault((a.A.data_ptr(), b.A.data_ptr()), a.A.lerp(b.A.to(a.A), x) if (a.A.data_ptr(), b.A.data_ptr()) not in made else None)
         out[n] = Factor(a.target, A, a.G.lerp(b.G.to(a.G), x), total)
-    return Factors(out, self.fingerprints, dict(self.meta, merged=self.meta.get("merged", [self.meta.get("data")]) + other.meta.get("merged", [other.meta.get("data")])), self.model())
+    return Factors(out, self.fingerprints, dict(self.meta, batches=self.meta.get("batches", 0) + other.meta.get("batches", 0), merged=self.meta.get("merged", [self.meta.get("data")]) + other.meta.get("merged", [other.meta.get("data")])), self.model())
 Factors.save, Factors.load, Factors.__add__ = _save, classmethod(_load), _add
 
 # %% ../nbs/02_kfac.ipynb #55d650c3
@@ -474,7 +489,7 @@ def _one_batch(rec, trunk, head, prepared, labels, seed, seen, chunk, n):
     h.backward(dh)
     return int(counted.sum())
 
-# %% ../nbs/02_kfac.ipynb #ef7b8d77
+# %% ../nbs/02_kfac.ipynb #331c28e9
 def collect(model, # a transformers model, or the id or folder of a causal one
             batches, # iterable of ids [B, T], or of dicts with input_ids (attention_mask, labels) or pixel_values (labels)
             targets="mlp", # "mlp", "attention", "all", a name with wildcards, a list, or the result of `find_targets`
@@ -483,13 +498,13 @@ def collect(model, # a transformers model, or the id or folder of a causal one
             labels:str="sample", # "sample": Fisher, labels drawn from the model; "data": empirical Fisher; "exact": all labels, small vocabularies
             seed:int=0, # of the sampled labels
             tokens:str="cls", # images only: "cls" or "all" token positions
-            chunk:int=1024, # positions whose logits are held at once
+            chunk:int=None, # positions whose logits are held at once; None: as many as make about 400 MB with what is derived from them
             progress:bool=True, # print the forecast and show a bar
             on_interrupt:str="raise" # Ctrl-C: "raise" (with what there is as `.partial`) or "return" what there is
            )->Factors: # `factors[name].A` [d_in, d_in], `.G` [d_out, d_out], float32 averages, and `.count`
     "Gather the K-FAC factors of the targets in one pass (paper section 2; sums carry their counts). The model is left as found."
     if on_interrupt not in ("raise", "return"): raise ValueError(f'on_interrupt must be "raise" or "return", not {on_interrupt!r}')
-    if chunk < 1: raise ValueError(f"chunk={chunk} must be 1 or more positions")
+    if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk} must be 1 or more positions")
     if labels not in ("sample", "data", "exact"): raise ValueError(f'labels must be "sample", "data" or "exact", not {labels!r}')
     if tokens not in ("cls", "all"): raise ValueError(f'tokens must be "cls" or "all", not {tokens!r}')
     if isinstance(model, (str, os.PathLike)):
@@ -499,21 +514,25 @@ def collect(model, # a transformers model, or the id or folder of a causal one
     outside = [t.name for t in chosen if t.block < 0]
     if outside: raise ValueError(f"{outside[0]} lies outside the blocks; collect works on the matrices inside them")
     _check_finite(model, chosen)
+    if any(p.is_inference() for p in model.parameters()): raise ValueError("this model was made inside torch.inference_mode(), so nothing can flow back through it; load it outside of that")
     stream, first, total = _batches(batches)
     with frozen(model): return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt)
 
-# %% ../nbs/02_kfac.ipynb #b2eadd7b
+# %% ../nbs/02_kfac.ipynb #4ef66bf8
 def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, progress, on_interrupt):
     device, accepts = next(model.parameters()).device, inspect.signature(getattr(model, "base_model", model).forward).parameters
     prepare = lambda b: _text(b, model, device, accepts) if "input_ids" in b else _image(b, device, tokens, labels)
     small = prepare({k: v[:1, :5] if k != "pixel_values" and v.dim() > 1 else v[:1] for k, v in first.items() if torch.is_tensor(v)})[0]
     small.pop("attention_mask", None); small.pop("position_ids", None)       # a few tokens, to look at the model's wiring
     trunk, head, chunked = split_head(model, small)
+    if "input_ids" in small: _check_causal(trunk, small, model)
     leader, kept, h = _probe(model, trunk, small, targets)
+    with torch.no_grad(): width = head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]
+    chunk = chunk or max(64, 2**25 // width)
     rec, seen, digest, done = _Recorder(model, targets, leader), Counter(), hashlib.blake2b(digest_size=8), 0
-    if progress: print(_forecast(rec, first, small, kept, head, h, chunk, chunked, targets))
+    if progress: print(_forecast(rec, first, small, kept, width, chunk, chunked, targets))
     prints, n = {t.name: fingerprint(model, t) for t in targets}, 0
-    finish = lambda: _result(model, targets, rec, prints, _meta(model, labels, seed, digest.hexdigest(), n))
+    finish = lambda: _result(model, targets, rec, prints, dict(_meta(model, labels, seed, digest.hexdigest(), n), **({} if "input_ids" in small else dict(tokens=tokens))))
     try:
         with rec, tqdm(total=total, unit=" tok", unit_scale=True, desc="collect", disable=not progress, delay=1) as bar:
             for b in stream:
@@ -529,13 +548,12 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     if done == 0: raise ValueError("no label counts in any batch: every position is padding or masked with -100")
     return finish()
 
-# %% ../nbs/02_kfac.ipynb #87efde69
-def _forecast(rec, first, small, kept, head, h, chunk, chunked, targets):
+# %% ../nbs/02_kfac.ipynb #62497764
+def _forecast(rec, first, small, kept, width, chunk, chunked, targets):
     "Forecast and one line on what will run."
     size = lambda s: s.sum.numel() * s.sum.element_size()
     key, tiny = first.get("input_ids", first.get("pixel_values")), small.get("input_ids", small.get("pixel_values"))
     positions, probed = (key.numel(), tiny.numel()) if key.dim() == 2 else (len(key), 1)
-    with torch.no_grad(): width = head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]
     rows = min(chunk, positions) if chunked else positions
     f = Forecast(sum(map(size, [*rec.A.values(), *rec.G.values()])), kept * positions // probed, 12 * rows * width, positions)
     at = sorted({t.block for t in targets})

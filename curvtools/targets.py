@@ -307,7 +307,7 @@ def _there(found, unsupported):
     bad = list(dict.fromkeys(f"{_star(n)} ({why})" for n, why in unsupported))
     return f"There is: {'; '.join(out) or 'no linear map'}." + (f" Not supported: {'; '.join(bad[:8])}{'; ...' if len(bad) > 8 else ''}." if bad else "")
 
-# %% ../nbs/00_targets.ipynb #08aee935
+# %% ../nbs/00_targets.ipynb #2e7b8276
 def _one(item, found, unsupported):
     "Names that one item of a selection stands for."
     if isinstance(item, Target):
@@ -322,7 +322,7 @@ def _one(item, found, unsupported):
 
 def _block_ids(blocks, n):
     "Block indices as a set of 0..n-1; negative ones count from the end."
-    blocks = [blocks] if hasattr(blocks, "__index__") or not hasattr(blocks, "__iter__") else list(blocks)
+    blocks = list(blocks) if hasattr(blocks, "__iter__") and getattr(blocks, "ndim", 1) else [blocks]   # a 0-d array is a number
     for b in blocks:
         if isinstance(b, bool) or not hasattr(b, "__index__"): raise TypeError(f"blocks are integers, got {b!r}")
         if not -n <= b < n: raise ValueError(f"block {b} is out of range: " + (f"the model has blocks 0 to {n-1} (or -{n} to -1)" if n else "the model has no list of blocks"))

@@ -378,3 +378,34 @@ def test_bad_batches():
                      (dict(input_ids=ids, attention_mask=torch.ones(2, 1, 8, 8)), "attention_mask has shape"), (dict(input_ids=ids, labels=ids.clone().fill_(-1)), "label -1.*-100"),
                      (dict(input_ids=ids, labels=ids + V), r"not a class \(0 to 36\)")):
         with pytest.raises(ValueError, match=match): collect(model, [b], labels="data", progress=False)
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    import transformers as tf
+    torch.manual_seed(0)
+    bert = tf.BertForMaskedLM(tf.BertConfig(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)).eval()
+    for p in bert.parameters(): torch.nn.init.normal_(p, std=.3)
+    with pytest.raises(ValueError, match="later tokens"): collect(bert, [torch.randint(3, V, (2, 8))], progress=False)
+    with torch.inference_mode(): inside = tiny("llama")
+    with pytest.raises(ValueError, match="inference_mode"): collect(inside, [torch.randint(3, V, (2, 8))], progress=False)
+
+
+def test_a_head_behind_another_width():
+    "ALBERT's way: the output embeddings do not fit the trunk. Here: a Llama whose output embeddings are said to be another matrix."
+    model, ids = tiny("llama"), torch.randint(3, V, (2, 8), generator=torch.Generator().manual_seed(0))
+    want = collect(model, [ids], progress=False)
+    model.get_output_embeddings = lambda: torch.nn.Linear(7, V)
+    got = collect(model, [ids], progress=False)
+    for n in want: assert near(got[n].G, want[n].G)
+
+
+def test_packed_documents_keep_their_positions():
+    "GPT-2 with position_ids that restart: the same as the model called with them, not as without."
+    model, ids = tiny("gpt2"), torch.randint(3, V, (1, 10), generator=torch.Generator().manual_seed(0))
+    pos = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
+    n, kept = "transformer.h.1.mlp.c_fc", {}
+    h = model.get_submodule(n).register_forward_hook(lambda m, a, out: kept.update(a=a[0]))
+    model(input_ids=ids[:, :-1], position_ids=pos[:, :-1], use_cache=False); h.remove()   # without a cache, as transformers sees packing only then
+    a = kept["a"][0].detach()
+    got = collect(model, [dict(input_ids=ids, position_ids=pos)], labels="data", progress=False)[n].A
+    assert near(got, a.T @ a / 9) and not near(collect(model, [ids], labels="data", progress=False)[n].A, got, 1e-3)

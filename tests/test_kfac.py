@@ -3,6 +3,7 @@
 Tolerance: both sides are float64 sums of a few hundred products in another order, so 1e-9 relative (to the largest entry) leaves six digits of slack."""
 import gc
 import math
+import signal
 
 import pytest
 import torch
@@ -247,10 +248,17 @@ def test_interrupted_after_two_batches():
     with pytest.raises(KeyboardInterrupt): collect(model, at_once(), progress=False, on_interrupt="return")
 
 
+@pytest.fixture
+def ctrl_c():
+    "SIGINT raises KeyboardInterrupt, also where the test run was started with SIGINT ignored (in the background of a shell) or a library has changed it."
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old if old is not None else signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("side", ["forward", "backward"])
-def test_ctrl_c_inside_a_batch_waits_for_its_end(side):
+def test_ctrl_c_inside_a_batch_waits_for_its_end(side, ctrl_c):
     "A real SIGINT in the second batch, on the way up or down: A, G and count are those of two whole batches. A second SIGINT does not wait."
-    import signal
     model, ids, calls = tiny("llama"), torch.randint(3, V, (6, 8), generator=torch.Generator().manual_seed(0)), []
     want, before = collect(model, [ids[:2], ids[2:4]], progress=False), snapshot(model)
     def strike(times):

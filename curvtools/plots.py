@@ -19,9 +19,9 @@ from matplotlib.text import Text
 
 from .decompose import _effective_rank
 
-# %% ../nbs/10_plots.ipynb #290bd298
+# %% ../nbs/10_plots.ipynb #af8c6db3
 class _Figure(Figure):
-    "A matplotlib Figure that a notebook can show without pyplot."
+    "A matplotlib Figure that a notebook can show by itself, on any thread."
     def _repr_png_(self): return png(self)
 
 BLUE, RED, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#707070" # Okabe and Ito, and a grey

@@ -83,7 +83,7 @@ def load_model(
         raise FileNotFoundError(f"there is no folder {where}, and no such model could be had from the hub ({str(e).splitlines()[0]})") from e
     return model.eval(), tok
 
-# %% ../nbs/14_cli.ipynb #eb55a74d
+# %% ../nbs/14_cli.ipynb #318fcbab
 def _check_out(path, folder:bool=False) -> Path:
     "Where a result shall go; FileNotFoundError or ValueError before any work is done for nothing."
     path = Path(path).expanduser()
@@ -101,12 +101,6 @@ def _new_folder(path:Path):
     try: yield tmp; os.replace(tmp, path)
     finally:
         if tmp.exists(): shutil.rmtree(tmp)
-
-def _write_text(path:Path, text:str):
-    "Write a text file, complete or absent."
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try: tmp.write_text(text, encoding="utf-8"); os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/14_cli.ipynb #9638201a
 def _open(a) -> tuple: # (model, tokenizer, playground or None)
@@ -421,7 +415,7 @@ def _threads() -> int:
     import torch
     return torch.get_num_threads()
 
-# %% ../nbs/14_cli.ipynb #86d02813
+# %% ../nbs/14_cli.ipynb #bcde2aa5
 def report(
     d:Demo, # what `demo` returned
     path, # an HTML file
@@ -436,6 +430,7 @@ def report(
             "<h2>Before and after</h2><p class=note>The first passage of each kind that the unedited model recites.</p>", _texts(d), _figures(d), "<h2>By number of copies</h2>", _tier_table(d),
             f"<h2>The same in Python</h2><pre>{escape(_code(d.settings))}</pre>", "<h2>What this does not show</h2><ul>", *(f"<li>{escape(t)}</li>" for t in _not_claimed), "</ul>", "<h2>Provenance</h2>", _provenance(d)]
     html = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>curvtools: what the curvature held</title><style>{_css}</style></head><body>{"".join(body)}</body></html>'
+    from curvtools.edit import _write_text                        # here, as --help must not wait for torch
     _write_text(path := Path(path), html)
     return path
 

@@ -485,16 +485,11 @@ def random_basis(
         if id(U) not in new: new[id(U)] = _orthonormal(len(U), g).to(U.device)
     return Basis([_same_weights(e, UG=new[id(e.UG)], UA=new[id(e.UA)]) for e in basis.values()], dict(basis.meta, basis="random", seed=seed))
 
-# %% ../nbs/03_decompose.ipynb #c7d423be
+# %% ../nbs/03_decompose.ipynb #5aee49df
 _kind = "curvtools.basis/1"
 _numbers = "residual_G", "residual_A", "clipped_G", "clipped_A", "fingerprint"
 
-def _target(d:dict) -> Target:
-    "A Target from JSON, where tuples have become lists."
-    frozen = lambda x: tuple(map(frozen, x)) if isinstance(x, list) else x
-    return Target(**{k: frozen(v) for k, v in d.items()})
-
-# %% ../nbs/03_decompose.ipynb #c4b826a0
+# %% ../nbs/03_decompose.ipynb #09ee81ee
 def save_basis(basis:Basis, path) -> Path:
     "Write a basis as safetensors with a JSON header."
     tensors, where, rows = {}, {}, []
@@ -511,6 +506,6 @@ def save_basis(basis:Basis, path) -> Path:
 def load_basis(path) -> Basis:
     "Read a basis; it is not bound to a model yet. FileNotFoundError; ValueError if truncated or foreign."
     t, header = load_tensors(path, _kind)
-    try: es = [Eigen(_target(r["target"]), *(t[f"{r[s]}.vectors"] for s in "GA"), *(t[f"{r[s]}.values"] for s in "GA"), **{k: r[k] for k in _numbers}) for r in header["targets"]]
+    try: es = [Eigen(Target(**r["target"]), *(t[f"{r[s]}.vectors"] for s in "GA"), *(t[f"{r[s]}.values"] for s in "GA"), **{k: r[k] for k in _numbers}) for r in header["targets"]]
     except (KeyError, TypeError) as e: raise ValueError(f"{path} is not a complete basis (missing {e})") from None
     return Basis(es, header["meta"])

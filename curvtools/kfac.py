@@ -409,7 +409,7 @@ def _say(self): return f'Factors of {len(self)} targets: {self.tokens:,} positio
 Factors.__repr__ = lambda self: _say(self) + "\n" + _table(_head, _rows(self))
 Factors._repr_html_ = lambda self: _html_table(_head, _rows(self), _say(self))
 
-# %% ../nbs/02_kfac.ipynb #0cb3d7dd
+# %% ../nbs/02_kfac.ipynb #4f5e3ce5
 def _save(self, path):
     "Write the factors as safetensors, A once where it is shared; complete or absent."
     tensors, where, targets = {}, {}, {}
@@ -426,7 +426,7 @@ def _load(cls, path):
     except (KeyError, TypeError, AttributeError, ValueError) as e: raise ValueError(f"{path} does not hold complete factors ({type(e).__name__}: {e}); it is damaged or was written by another version: collect again") from e
 
 def _unpack(cls, tensors, d):
-    make = lambda t: Target(**{k: v for k, v in t.items() if k not in ("count", "A", "parts")}, parts=tuple((n, tuple(map(tuple, r))) for n, r in t["parts"]))
+    make = lambda t: Target(**{k: v for k, v in t.items() if k not in ("count", "A")})
     factors = {n: Factor(make(t), tensors[t["A"]], tensors[f"G/{n}"], t["count"]) for n, t in d["targets"].items()}
     for n, f in factors.items():
         if (*f.G.shape, *f.A.shape) != (f.target.d_out,) * 2 + (f.target.d_in,) * 2: raise ValueError(f"{n} is {f.target.d_out} x {f.target.d_in}, but G is {list(f.G.shape)} and A {list(f.A.shape)}")

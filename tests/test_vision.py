@@ -1,0 +1,252 @@
+"The vision playground keeps its gates; noise, scores, recipe and folder do exactly what they say."
+import gzip
+import shutil
+import socket
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curvtools import vision
+from curvtools.vision import (CLASSES, Rate, VisionPlayground, bundle_vit, compare_edits, load_vit, make_vit, new_vit, noise_labels, pixels, plan_at, predict,
+                              read_idx, read_images, svd_as_strong, train_vit, vision_scores, vit_data, vit_gates, write_images)
+
+VIT = Path(str(files("curvtools")/"static"/"vit"))
+TINY = dict(hidden=16, blocks=2, mlp=32, heads=2, epochs=4, warmup=3, batch=20, progress=False)
+
+
+@pytest.fixture(scope="module")
+def pg(): return load_vit()
+
+
+@pytest.fixture(scope="module")
+def few(pg):
+    "240 real images, 200 of them for training, a tenth of these with a wrong label."
+    i = torch.cat([pg.train[:200], pg.heldout[:40]])
+    true, held = pg.true[i], torch.arange(200, 240)
+    return pg.images[i], torch.cat([noise_labels(true[:200], .1, 10), true[200:]]), true, held
+
+
+@pytest.fixture(scope="module")
+def mnist(pg, tmp_path_factory):
+    "A folder in the format of Fashion-MNIST."
+    d = tmp_path_factory.mktemp("mnist")
+    write_images(pg.images[pg.train[:400]], pg.true[pg.train[:400]], d, "train")
+    write_images(pg.images[pg.heldout[:200]], pg.true[pg.heldout[:200]], d, "t10k")
+    return d
+
+
+# noise
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 12), st.integers(1, 300), st.floats(0, 1), st.integers(0, 99))
+def test_noise_is_exact_and_never_true(classes, n, share, seed):
+    true = torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
+    out = noise_labels(true, share, classes, seed)
+    assert int((out != true).sum()) == round(share*n)              # exact, so no drawn label is the true one
+    assert out.min() >= 0 and out.max() < classes
+    assert torch.equal(out, noise_labels(true, share, classes, seed))
+
+
+def test_noise_is_even_over_the_wrong_classes():
+    true = torch.zeros(9000, dtype=torch.long)
+    n = torch.bincount(noise_labels(true, 1., 10), minlength=10)
+    assert n[0] == 0 and (n[1:] - 1000).abs().max() < 5*(1000*8/9)**.5   # 5 standard deviations of a binomial
+
+
+@pytest.mark.parametrize("kw,text", [(dict(true=[0, 10], n_classes=10), "10 classes"), (dict(true=[-1, 2]), "from -1"), (dict(true=[0, 1], share=1.5), "share"), (dict(true=[0, 0]), "fewer than two")])
+def test_noise_refuses(kw, text):
+    with pytest.raises(ValueError, match=text): noise_labels(**dict(kw, true=torch.tensor(kw["true"])))
+
+
+# images
+
+def test_idx_round_trip(pg, mnist):
+    x, y = read_images(mnist)
+    assert torch.equal(x, pg.images[pg.train[:400]]) and torch.equal(y, pg.true[pg.train[:400]])
+    plain = mnist/"plain"; plain.mkdir()
+    for f in mnist.glob("train*.gz"): (plain/f.stem).write_bytes(gzip.decompress(f.read_bytes()))
+    assert torch.equal(read_images(plain)[0], x)
+
+
+@pytest.mark.parametrize("raw,text", [(b"", "not an idx"), (b"PK\x03\x04", "not an idx"), (bytes([0, 0, 13, 1, 0, 0, 0, 0]), "not an idx"), (bytes([0, 0, 8, 3, 0, 0]), "not an idx"),
+                                      (bytes([0, 0, 8, 1, 0, 0, 0, 9, 1]), "cut short"), (b"\x1f\x8bxx", "damaged gzip"), (gzip.compress(bytes(500))[:-9], "damaged gzip")])
+def test_idx_refuses(tmp_path, raw, text):
+    (tmp_path/"f").write_bytes(raw)
+    with pytest.raises(ValueError, match=text): read_idx(tmp_path/"f")
+
+
+def test_folders(tmp_path, mnist):
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"): read_images(tmp_path)
+    with pytest.raises(FileNotFoundError, match="usr/share/datasets"): make_vit(tmp_path, tmp_path/"o", smoke=True)
+    with pytest.raises(ValueError, match="ask for fewer"): vit_data(mnist)
+    d = tmp_path/"mixed"; shutil.copytree(mnist, d); write_images(torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3), d/"x")
+    shutil.copy(d/"x"/"train-labels-idx1-ubyte.gz", d/"train-labels-idx1-ubyte.gz")
+    with pytest.raises(ValueError, match="do not belong together"): read_images(d)
+
+
+def test_data(mnist):
+    images, noised, true, held = vit_data(mnist, n=300, heldout=100, seed=1)
+    other = vit_data(mnist, n=300, heldout=100, seed=2)
+    assert torch.equal(images, other[0]) and not torch.equal(noised, other[1])          # another seed redraws labels, not images
+    assert int((noised != true).sum()) == 30 and torch.equal(noised[held], true[held]) and len(held) == 100
+
+
+@pytest.mark.parametrize("bad,error", [(torch.zeros(2, 28, 28), TypeError), (torch.zeros(2, 28, 27, dtype=torch.uint8), ValueError), (torch.zeros(0, 28, 28, dtype=torch.uint8), ValueError),
+                                       (torch.zeros(2, 1, 28, 28, dtype=torch.uint8), ValueError)])
+def test_pixels_refuse(bad, error):
+    with pytest.raises(error): pixels(bad)
+
+
+def test_pixels_of_another_size_do_not_fit_the_model(pg):
+    with pytest.raises(ValueError): predict(pg.model, torch.zeros(2, 32, 32, dtype=torch.uint8))
+
+
+# scores
+
+class Says(torch.nn.Module):
+    device = "cpu"
+    def __init__(self, answers): super().__init__(); self.answers, self.at = answers, 0
+    def forward(self, pixel_values):
+        a = self.answers[self.at:self.at + len(pixel_values)]; self.at += len(a)
+        return type("O", (), dict(logits=torch.nn.functional.one_hot(a, 10).float()))
+
+
+def test_scores_by_hand():
+    given, true, says = torch.tensor([1, 1, 1, 1, 5, 5, 7, 7]), torch.tensor([0, 0, 0, 0, 5, 5, 7, 7]), torch.tensor([1, 1, 0, 9, 5, 4, 7, 3])
+    s = vision_scores(Says(says), torch.zeros(8, 28, 28, dtype=torch.uint8), given, true, torch.tensor([6, 7]))
+    assert [(r.k, r.n) for r in (s.memorised, s.recovered, s.clean, s.validation)] == [(2, 4), (1, 4), (1, 2), (1, 2)]
+    assert s.right.tolist() == [True, False] and "memorised  50.0 % [15.0, 85.0] (n 4)" in repr(s)
+    t = vision_scores(Says(torch.tensor([0, 0, 0, 0, 5, 5, 7, 7])), torch.zeros(8, 28, 28, dtype=torch.uint8), given, true, torch.tensor([6, 7]))
+    d, lo, hi = t.change(s)
+    assert d == .5 and lo >= 0 and hi <= 1 and t.change(t) == (0, 0, 0)
+    assert repr(Rate(0, 0)) == "none"
+
+
+def test_scores_refuse():
+    with pytest.raises(ValueError, match="do not belong together"): vision_scores(new_vit(), torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(3), torch.zeros(2), torch.tensor([0]))
+
+
+def test_predict_leaves_the_model_as_it_was(few):
+    m = new_vit(hidden=16, blocks=1, mlp=16, heads=2, dropout=.5).train()
+    a, b = predict(m, few[0], 7), predict(m, few[0], 240)
+    assert torch.equal(a, b) and m.training and all(x.training for x in m.modules())
+
+
+# training
+
+def test_same_seed_same_result_and_resume(few, tmp_path):
+    state = torch.random.get_rng_state()
+    a, log = train_vit(*few, tmp_path/"a", dropout=.1, **TINY)
+    assert torch.equal(state, torch.random.get_rng_state())                              # nothing global is touched
+    torch.rand(3)
+    train_vit(*few, tmp_path/"b", dropout=.1, pause=1, **TINY)
+    train_vit(*few, tmp_path/"b", dropout=.1, pause=3, **TINY)
+    b, log2 = train_vit(*few, tmp_path/"b", dropout=.1, **TINY)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))        # to the bit, dropout included
+    strip = lambda l: [{k: v for k, v in r.items() if k != "minutes"} for r in l]
+    assert strip(log) == strip(log2) and [r["epoch"] for r in log] == [2, 4] and not a.training
+    c, _ = train_vit(*few, dropout=.1, **dict(TINY, seed=1))
+    assert not torch.equal(next(a.parameters()), next(c.parameters()))
+    with pytest.raises(ValueError, match="other settings.*decay"): train_vit(*few, tmp_path/"a", dropout=.1, decay=.1, **TINY)
+    with pytest.raises(ValueError, match="other settings.*data"): train_vit(few[0], few[2], few[2], few[3], tmp_path/"a", dropout=.1, **TINY)
+
+
+def test_stops_where_told(few):
+    _, log = train_vit(*few, until=0., look=1, **TINY)
+    assert [r["epoch"] for r in log] == [1]
+
+
+def test_training_refuses(few):
+    images, noised, true, held = few
+    with pytest.raises(ValueError, match="do not belong together"): train_vit(images, noised[1:], true, held, **TINY)
+    with pytest.raises(ValueError, match="held out"): train_vit(images, noised, true, torch.arange(240), **TINY)
+    with pytest.raises(ValueError, match="from 0"): train_vit(images, noised - 1, true, held, **TINY)
+    with pytest.raises(ValueError, match="classes"): train_vit(images, noised + 5, true, held, **TINY)
+
+
+def test_smoke_recipe(mnist, tmp_path, capsys):
+    t = time.time()
+    g = make_vit(mnist, tmp_path/"vit", smoke=True, progress=False)
+    assert time.time() - t < 60 and g.failed and "FAIL" in capsys.readouterr().out     # tiny: its gates are printed, not enforced
+    small = load_vit(tmp_path/"vit")
+    assert len(small.train) == 300 and len(small.memorized) == 30 and small.notes["twin"]["epoch"] == small.log[-1]["epoch"]
+    with pytest.raises(RuntimeError, match="misses its gates"): vit_gates(small).check()
+    make_vit(mnist, tmp_path/"vit", smoke=True, progress=False)                          # finished runs are taken up, not done again
+    assert load_vit(tmp_path/"vit").log == small.log
+
+
+# gates and edit
+
+@pytest.fixture(scope="module")
+def basis(pg): return pg.factors().eigen()
+
+
+def test_gates_of_the_bundled_weights(pg, basis):
+    before = pg.scores()
+    g = vit_gates(pg, basis).check()
+    assert len(g) == 6 and g[-1].n == 1500 and pg.scores().memorised == before.memorised              # the model is as it was
+
+
+def test_controls(pg, basis):
+    edit = pg.edit(basis)
+    t = compare_edits(pg, {"K-FAC": edit, "random": pg.edit(basis.random(0)), "SVD": svd_as_strong(pg, edit, .1)})
+    none, kfac, random, svd = (r["scores"] for r in t)
+    assert max(random.validation.value, random.recovered.value) < .2                                  # the same mask in random directions leaves nothing
+    assert svd.recovered.value < kfac.recovered.value - .2 and svd.validation.value < kfac.validation.value - .1
+
+
+def test_a_plan_of_strength_0_keeps_everything(pg):
+    p = plan_at(pg.plan, 0)
+    assert all(set(k["rho"].values()) == {1.} for k in p["keep"]) and plan_at(pg.plan, 1)["keep"] == pg.plan["keep"]
+
+
+# the folder
+
+def test_bundle_refuses_unknown_classes(few, tmp_path):
+    with pytest.raises(ValueError, match="only 3 classes"): bundle_vit(new_vit(), *few, [], tmp_path, classes=CLASSES[:3])
+
+
+def test_load_refuses(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no config.json"): load_vit(tmp_path)
+    for f in ("config.json", "model.safetensors", "training.json"): shutil.copy(VIT/f, tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no data.safetensors"): load_vit(tmp_path)
+
+
+def test_loads_fast_and_offline(monkeypatch):
+    def no(*a, **k): raise AssertionError("network")
+    monkeypatch.setattr(socket.socket, "connect", no)
+    load_vit(); t = time.process_time(); load_vit()
+    assert time.process_time() - t < 2                                                   # processor time: the machine may be busy
+
+
+def test_playground(pg):
+    assert isinstance(pg, VisionPlayground) and pg.images.dtype == torch.uint8 and pg.images.shape[1:] == (28, 28) and not pg.model.training
+    assert len(pg.train) + len(pg.heldout) == len(pg.images) and not set(pg.train.tolist()) & set(pg.heldout.tolist())
+    assert set(pg.memorized.tolist()) | set(pg.clean.tolist()) == set(pg.train.tolist()) and not pg.is_noised[pg.heldout].any()
+    assert len(pg.memorized) == 1200 == round(.1*pg.notes["trained_on"]) and len(pg.clean) == 3600 and pg.classes == CLASSES
+    assert all(f".{k}" in repr(pg) for k in ("model", "images", "noised", "true", "memorized", "heldout", "plan"))
+    b = next(iter(pg.batches()))
+    assert b["pixel_values"].shape == (250, 1, 28, 28) and abs(b["pixel_values"].mean()) < .2
+    with pytest.raises(ValueError, match="no plan"): VisionPlayground("vit", pg.model, pg.images, pg.noised, pg.true, pg.heldout).edit({})
+
+
+def test_fits_the_wheel():
+    import io
+    import zipfile
+    buf = io.BytesIO()
+    with zipfile.ZipFile(buf, "w", zipfile.ZIP_DEFLATED) as z:
+        for f in VIT.iterdir(): z.write(f, f.name)
+    assert len(buf.getvalue()) <= 5e6
+    assert {f.name for f in VIT.iterdir()} == {"config.json", "model.safetensors", "data.safetensors", "training.json", "PROVENANCE.md"}
+    assert "MIT" in (VIT/"PROVENANCE.md").read_text() and str(Path.home()) not in "".join(f.read_text() for f in VIT.iterdir() if f.suffix in (".json", ".md"))
+
+
+def test_training_json_agrees_with_the_weights(pg):
+    "The last look of the log, taken before rounding to bfloat16, is what the shipped weights say, up to a few images."
+    s, last = pg.scores(), pg.log[-1]
+    assert abs(s.memorised.value - last["memorised"]) < .02 and abs(s.validation.value - last["validation"]) < .01

@@ -337,14 +337,16 @@ def _code(lab, line:str) -> None:
     "The Python that does what was just done."
     lab.line, lab.c.code.value = line, f'<pre style="margin:2px 0;white-space:pre-wrap" aria-label="the same in Python">{html.escape(line)}</pre>'
 
-# %% ../nbs/11_widgets.ipynb #ffc8f6b2
+# %% ../nbs/11_widgets.ipynb #f426f0ae
 def _start(lab, what:str, f:Callable) -> None:
     "Run f in a worker thread: bar and Cancel while it runs, then everything is redrawn."
     if lab.job: _say(lab, f"Busy ({lab.job}): one thing at a time."); return
     lab.session.cancel.clear()
     lab.job, lab.late = what, False
     _show_job(lab)
+    threads = torch.get_num_threads()                                        # a new thread would take the default instead, and sums come out differently
     def work():
+        torch.set_num_threads(threads)
         try: _run(lab, what, f)
         finally:
             lab.job = ""

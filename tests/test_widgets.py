@@ -327,3 +327,14 @@ def test_choices_are_even():
     ps = Passages(Passage((i + 1,), (1,), kind=("a", "b")[i % 2]) for i in range(400))
     some = some_of(ps, 200)
     assert len(some) == 200 and 60 < len(some.where(kind="a")) < 140 and some == some_of(ps, 200) and some_of(ps, 400) is ps
+
+
+def test_a_worker_has_as_many_threads_as_its_caller(P):
+    "torch counts threads per thread; with another number sums are rounded differently, and the printed line of Python would not give the Lab's numbers."
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        lab = Lab(**P).wait(120)
+        basis = collect(P["model"], P["clean"], targets="mlp", progress=False).eigen(P["model"], progress=False)
+        assert all(torch.equal(basis[k].lam, lab.basis[k].lam) for k in lab.basis)
+    finally: torch.set_num_threads(threads)

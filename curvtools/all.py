@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rooms']
 
-# %% ../nbs/99_all.ipynb #60504fef
+# %% ../nbs/99_all.ipynb #67618a24
 from .targets import *
 from .data import *
 from .kfac import *
@@ -13,14 +13,16 @@ from .decompose import *
 from .edit import *
 from .recite import *
 from .evaluate import *
+from .tasks import *
 from .baselines import *
 from .plots import *
 from .widgets import *
+from .vision import *
 from .zoo import *
 from .cli import load_model
 
-# %% ../nbs/99_all.ipynb #86c9b64b
+# %% ../nbs/99_all.ipynb #bd0e4004
 from importlib import import_module as _room
 
-rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "baselines", "plots", "widgets", "zoo"]
+rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "plots", "widgets", "vision", "zoo"]
 __all__ = list(dict.fromkeys([name for room in rooms for name in _room(f"curvtools.{room}").__all__] + ["load_model"]))

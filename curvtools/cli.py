@@ -272,7 +272,7 @@ def _tiers(pg, edit, recited, unseen) -> dict: # times seen -> (n, strict, inter
         parts = [recited, unseen] + ([recite(pg.model, rest, batch_size=16, generate=False, progress=False)] if rest else [])
     return {t: (r.n, r.strict, r.interval("strict")) for part in parts for t, r in part.by("tier").items()}
 
-# %% ../nbs/14_cli.ipynb #6dd8d262
+# %% ../nbs/14_cli.ipynb #2bdee8b0
 def _steps(log):
     "A function that announces numbered steps, with the seconds since the start."
     start, count = time.perf_counter(), iter(range(1, 99))
@@ -280,24 +280,28 @@ def _steps(log):
     step.seconds = lambda: time.perf_counter() - start
     return step
 
+def _arguments(kw:dict) -> str: return ", ".join(f"{k}={v!r}" for k, v in kw.items())
+def _keep_code(plan:dict) -> str: return " | ".join(f"basis.keep({_arguments(kw)})" for kw in plan["keep"])
+
 def _result(row:dict) -> str: return f"           strict {_pct(row['strict'])}, lev {row['lev']:.3f}, perplexity {row['ppl']:.2f} ({row['ratio']:.3f} x), unseen {_pct(row['strict_unseen'])}"
 
-# %% ../nbs/14_cli.ipynb #df646b7f
+# %% ../nbs/14_cli.ipynb #1bfe721c
 def demo(
     pg=None, # a Playground; None: the bundled language model
-    rho:float=.92, # share of the curvature mass that is kept
-    blocks=(-3, -2, -1), # blocks that are edited
-    projections=("q", "k", "up"), # projections that are edited; None: all
-    tokens:int=51200, # clean text the curvature is collected on
+    plan:dict|None=None, # of the edit, see edit.planned; None: the playground's own
+    tokens:int=102400, # clean text the curvature is collected on
     seed:int=0, # of the sampled labels and of the random directions
     log=print, # gets a line for each step
 ) -> Demo:
-    "Collect, decompose, edit, measure, compare with SVD and random directions, undo. Which gates passed is in the result; the model is left as found."
+    "Collect, decompose, edit, measure, compare with SVD and random directions, undo. Which gates passed is in the result; the model is left as found. ValueError without a plan."
+    from curvtools.edit import planned
     from curvtools.kfac import collect
     from curvtools.targets import fingerprint
     from curvtools.zoo import playground
     step = _steps(log)
     step("the bundled model"); pg = playground() if pg is None else pg; log(pg)
+    plan = plan or pg.plan
+    if not plan.get("keep"): raise ValueError("The playground has no plan: give one, or find it with curvtools.zoo.find_plan.")
     passages = pg.memorized.where(min_tier=64)
     step(f"baseline: {len(passages)} passages seen 64 times or more, {len(pg.unseen)} never seen, {pg.heldout.n} windows of held-out text")
     rows, recited, unseen, edits = [], {}, {}, {}
@@ -308,15 +312,15 @@ def demo(
     base = measure("baseline")
     clean = pg.clean[:max(1, tokens // pg.clean.length)]
     step(f"curvature on {clean.tokens:,} tokens of clean text, labels sampled from the model")
-    factors = collect(pg.model, clean, targets="all", blocks=list(blocks), projections=None if projections is None else list(projections), seed=seed, progress=False)
+    factors = collect(pg.model, clean, **plan["collect"], seed=seed, progress=False)
     step(f"eigenvectors of {len(factors)} pairs of factors"); basis = factors.eigen(pg.model, progress=False)
-    edit = basis.keep(rho=rho)
-    step(f"edit: keep the steepest pairs up to rho = {rho:g} of the curvature mass, {_pct(edit.kept)} of all pairs"); measure("kfac", edit, base)
-    step("rival: SVD of the same matrices, at the rank that recites no more"); measure("svd", _matched_svd(pg, passages, recited["kfac"].teacher_forced, list(basis)), base)
-    step("control: the same mask in random directions"); measure("random", basis.random(seed).keep(rho=rho), base)
+    edit = planned(basis, plan)
+    step(f"edit: {_keep_code(plan)}, which are {_pct(edit.kept)} of all pairs"); measure("kfac", edit, base)
+    step("rival: SVD of the same matrices, at the rank that recites no more"); measure("svd", _matched_svd(pg, passages, recited["kfac"].teacher_forced, list(edit.plan)), base)
+    step("control: the same mask in random directions"); measure("random", planned(basis.random(seed), plan), base)
     undone = all(fingerprint(pg.model, f.target) == factors.fingerprints[n] for n, f in factors.items())
     tiers = {m: _tiers(pg, edits[m], recited[m], unseen[m]) for m in ("baseline", "kfac")}
-    settings = dict(rho=rho, blocks=sorted({f.target.block for f in factors.values()}), projections=sorted({f.target.projection for f in factors.values()}), tokens=clean.tokens, seed=seed)
+    settings = dict(plan, tokens=clean.tokens, seed=seed)
     step("undone" if undone else "undo FAILED")
     return Demo(rows, _gates(rows, undone), settings, pg, factors, basis, edits, recited, tiers, step.seconds())
 
@@ -358,7 +362,7 @@ def _tier_table(d:Demo) -> str:
     rows = [[f"{t} times" if t else "never", n, *[cell(m, t) for m in d.tiers]] for t, (n, _, _) in sorted(d.tiers["baseline"].items(), reverse=True)]
     return _html_table(["seen", "n", *[_names[m] for m in d.tiers]], rows, "Strict recitation by the number of copies in the training data, with 95 % intervals.")
 
-# %% ../nbs/14_cli.ipynb #3304cfab
+# %% ../nbs/14_cli.ipynb #73adf910
 def _texts(d:Demo) -> str:
     "Continuations of one passage of each kind, unedited and edited."
     from curvtools.plots import side_by_side
@@ -374,7 +378,7 @@ def _texts(d:Demo) -> str:
 def _figures(d:Demo) -> str:
     "Spectra, mass curve and kept pairs of the last edited target; and the trade-off."
     from curvtools.plots import img, kept_region, mass_curve, spectrum, tradeoff
-    name = list(d.basis)[-1]
+    name = list(d.edits["kfac"].plan)[-1]
     e, s = d.basis[name], d.edits["kfac"].plan[name].staircase
     trade = img(tradeoff([dict(r, method=_names[r["method"]] if r["method"] != "baseline" else "baseline") for r in d.rows], gate=(.02, 1.02)), "perplexity relative to the unedited model against strict recitation")
     alts = ((spectrum(e), "eigenvalues of G and A"), (mass_curve(e, s), "share of the curvature mass against the share of pairs"), (kept_region(e, s), "the kept pairs in the plane of pairs"))
@@ -383,17 +387,18 @@ def _figures(d:Demo) -> str:
             f"<h2>One matrix from inside</h2><p>{escape(name)}. Every pair of an output direction i and an input direction j has a curvature \u03bb<sub>i</sub>\u03bc<sub>j</sub>. "
             f"The edit keeps the steepest.</p><div class=figures>{''.join(pictures)}</div>")
 
-# %% ../nbs/14_cli.ipynb #f03fc5fd
+# %% ../nbs/14_cli.ipynb #59ed9805
 def _code(s:dict) -> str:
     "The lines of Python that do the same."
     return f"""from curvtools.all import *
 pg      = playground()
-factors = collect(pg.model, pg.clean[:{s['tokens']} // pg.clean.length], targets="all", blocks={s['blocks']}, projections={s['projections']}, seed={s['seed']})
+factors = collect(pg.model, pg.clean[:{s['tokens']} // pg.clean.length], {_arguments(s['collect'])}, seed={s['seed']})
 basis   = factors.eigen()
-edit    = basis.keep(rho={s['rho']:g})
+edit    = {_keep_code(s)}
 with edit.applied(pg.model):
     print(recite(pg.model, pg.memorized.where(min_tier=64)), perplexity(pg.model, pg.heldout))
-with basis.random({s['seed']}).keep(rho={s['rho']:g}).applied(pg.model):         # the control
+control = {_keep_code(s).replace("basis.", f"basis.random({s['seed']}).")}
+with control.applied(pg.model):
     print(perplexity(pg.model, pg.heldout))"""
 
 _not_claimed = ["One small model that was made for this, with matrices and strength chosen on it: on other models the best blocks and strengths differ, and the trade may be worse.",
@@ -415,7 +420,7 @@ def _threads() -> int:
     import torch
     return torch.get_num_threads()
 
-# %% ../nbs/14_cli.ipynb #bcde2aa5
+# %% ../nbs/14_cli.ipynb #bd74c631
 def report(
     d:Demo, # what `demo` returned
     path, # an HTML file
@@ -424,7 +429,7 @@ def report(
     kfac, control = d.rows[1], d.rows[3]
     gates = "".join(f'<li><b class="{"pass" if g["passed"] else "fail"}">{"PASS" if g["passed"] else "FAIL"}</b>{_signs(escape(g["name"]))}: {escape(g["value"])}</li>' for g in d.gates)
     lead = (f"A language model of {sum(p.numel() for p in d.pg.model.parameters()) / 1e6:.1f} million parameters recites {_pct(d.rows[0]['strict'])} of the passages it saw 64 times or more. "
-            f"With {_pct(kfac['kept'])} of the pairs of curvature directions kept in {len(d.basis)} of its matrices it recites {_pct(kfac['strict'])}, and its perplexity on held-out text is {kfac['ratio']:.3f} times what it was. "
+            f"With {_pct(kfac['kept'])} of the pairs of curvature directions kept in {len(d.edits['kfac'].plan)} of its matrices it recites {_pct(kfac['strict'])}, and its perplexity on held-out text is {kfac['ratio']:.3f} times what it was. "
             f"The same cut in random directions makes it {control['ratio']:.3f} times.")
     body = [f"<h1>What the curvature held</h1><p>{escape(lead)}</p><ul class=gates>{gates}</ul>", "<h2>Results</h2>", _results_table(d),
             "<h2>Before and after</h2><p class=note>The first passage of each kind that the unedited model recites.</p>", _texts(d), _figures(d), "<h2>By number of copies</h2>", _tier_table(d),

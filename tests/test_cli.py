@@ -114,7 +114,8 @@ def small():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(pg.tokenizer), hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2,
         max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=pg.tokenizer.eos_token_id, pad_token_id=pg.tokenizer.pad_token_id)).eval()
     evil = Passage(pg.memorized[-1].prefix, pg.memorized[-1].suffix, source="<script>alert(1)</script>", label='"><img src=x onerror=alert(1)>', kind="<b>kind</b>", tier=64)
-    return dataclasses.replace(pg, model=model, clean=pg.clean[:4], heldout=pg.heldout[:4], memorized=Passages([evil, *pg.memorized.where(min_tier=64)[:5], *pg.memorized.where(tier=4)[:2]]), unseen=pg.unseen[:4])
+    return dataclasses.replace(pg, model=model, clean=pg.clean[:4], heldout=pg.heldout[:4], memorized=Passages([evil, *pg.memorized.where(min_tier=64)[:5], *pg.memorized.where(tier=4)[:2]]), unseen=pg.unseen[:4],
+                               plan=dict(collect=dict(targets="all", projections=["q", "k", "up"]), keep=[dict(rho=.9, blocks=[1, 2], projections=["q", "k"]), dict(rho=.95, blocks=[1], projections=["up"])]))
 
 
 def test_a_failed_gate_is_said_and_is_exit_code_1(small, monkeypatch, tmp_path, capsys):
@@ -142,6 +143,10 @@ def test_the_demo_leaves_the_model_when_stopped(small, monkeypatch):
         if "random directions" in str(text): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): demo(small, tokens=256, log=log)
     assert all(torch.equal(v, before[k]) for k, v in small.model.state_dict().items())
+
+
+def test_a_demo_without_a_plan_is_refused(small):
+    with pytest.raises(ValueError, match="has no plan: give one"): demo(dataclasses.replace(small, plan={}), log=lambda *a: None)
 
 
 # --- the commands on a folder ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 __all__ = ['OuterSum', 'next_token_labels', 'row_uniforms', 'sample_labels', 'logit_grad', 'head_grad', 'frozen', 'split_head',
            'Forecast', 'Factor', 'effective_rank', 'save_tensors', 'load_tensors', 'Factors', 'collect']
 
-# %% ../nbs/02_kfac.ipynb #05cb6c95
+# %% ../nbs/02_kfac.ipynb #b9aa1225
 import contextlib
 import hashlib
 import inspect
@@ -20,6 +20,7 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -446,6 +447,15 @@ def _add(self, other):
     return Factors(out, self.fingerprints, dict(self.meta, batches=self.meta.get("batches", 0) + other.meta.get("batches", 0), merged=self.meta.get("merged", [self.meta.get("data")]) + other.meta.get("merged", [other.meta.get("data")])), self.model())
 Factors.save, Factors.load, Factors.__add__ = _save, classmethod(_load), _add
 
+# %% ../nbs/02_kfac.ipynb #e6c49f58
+def _mul(self, alpha):
+    "Each position counts alpha times: the averages stay, sums and counts scale. ValueError unless alpha is finite and not negative."
+    if isinstance(alpha, bool) or not isinstance(alpha, Real): return NotImplemented
+    if not 0 <= alpha < float("inf"): raise ValueError(f"factors can be weighted by a number from 0 upwards, not by {alpha!r}")
+    return Factors({n: Factor(f.target, f.A, f.G, f.count * alpha) for n, f in self.items()}, self.fingerprints,
+                   dict(self.meta, merged=[f"{alpha:g} x {d}" for d in self.meta.get("merged", [self.meta.get("data")])]), self.model())
+Factors.__mul__ = Factors.__rmul__ = _mul
+
 # %% ../nbs/02_kfac.ipynb #55d650c3
 def _check_finite(model, targets):
     for t in targets:
@@ -518,8 +528,8 @@ def collect(model, # a transformers model, or the id or folder of a causal one
     stream, first, total = _batches(batches)
     with frozen(model): return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt)
 
-# %% ../nbs/02_kfac.ipynb #4ef66bf8
-def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, progress, on_interrupt):
+# %% ../nbs/02_kfac.ipynb #9fa6e7ef
+def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, progress, on_interrupt, recorder=_Recorder, result=_result):
     device, accepts = next(model.parameters()).device, inspect.signature(getattr(model, "base_model", model).forward).parameters
     prepare = lambda b: _text(b, model, device, accepts) if "input_ids" in b else _image(b, device, tokens, labels)
     small = prepare({k: v[:1, :5] if k != "pixel_values" and v.dim() > 1 else v[:1] for k, v in first.items() if torch.is_tensor(v)})[0]
@@ -529,10 +539,10 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     leader, kept, h = _probe(model, trunk, small, targets)
     with torch.no_grad(): width = head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]
     chunk = chunk or max(64, 2**25 // width)
-    rec, seen, digest, done = _Recorder(model, targets, leader), Counter(), hashlib.blake2b(digest_size=8), 0
+    rec, seen, digest, done = recorder(model, targets, leader), Counter(), hashlib.blake2b(digest_size=8), 0
     if progress: print(_forecast(rec, first, small, kept, width, chunk, chunked, targets))
     prints, n = {t.name: fingerprint(model, t) for t in targets}, 0
-    finish = lambda: _result(model, targets, rec, prints, dict(_meta(model, labels, seed, digest.hexdigest(), n), **({} if "input_ids" in small else dict(tokens=tokens))))
+    finish = lambda: result(model, targets, rec, prints, dict(_meta(model, labels, seed, digest.hexdigest(), n), **({} if "input_ids" in small else dict(tokens=tokens))))
     try:
         with rec, tqdm(total=total, unit=" tok", unit_scale=True, desc="collect", disable=not progress, delay=1) as bar:
             for b in stream:

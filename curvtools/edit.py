@@ -169,7 +169,7 @@ class Applied:
             raise
     def __repr__(self): return f"Applied({self.edit._title()}; {'active' if self.active else 'undone'})"
 
-# %% ../nbs/04_edit.ipynb #04cb69a6
+# %% ../nbs/04_edit.ipynb #7bfef0d7
 class Edit:
     "A plan: which pairs of which weights stay. It changes nothing until it is applied."
     def __init__(self,
@@ -184,10 +184,7 @@ class Edit:
     @property
     def kept(self) -> float:
         "Fraction of pairs kept, over all edited targets; for SVD the fraction of rank; NaN where a weight is replaced."
-        if any(p.pairs is None for p in self.plan.values()): return float("nan")
-        full = [min(p.target.d_out, p.target.d_in) for p in self.plan.values()]
-        if self.method == "svd": return sum(min(int((p.rows > 0).sum()), n) for p, n in zip(self.plan.values(), full)) / sum(full)
-        return sum(p.pairs.kept for p in self.plan.values()) / sum(p.pairs.total for p in self.plan.values())
+        return _rank_kept(self.plan.values()) if self.method == "svd" else _pairs_kept(self.plan.values())
     def apply(self, model, force:bool=False, stack:bool=False) -> Applied:
         "Edit the model's weights; the handle's `undo()` restores the bytes. ValueError for a model the factors were not made from."
         return Applied(self, model, force, stack).redo()
@@ -212,7 +209,17 @@ class Edit:
     def __repr__(self): return f"{self._title()}\n{_table(*_plan_table(self))}"
     def _repr_html_(self): return _html_table(*_plan_table(self), self._title())
 
-# %% ../nbs/04_edit.ipynb #2efc347d
+# %% ../nbs/04_edit.ipynb #9ad5ce1d
+def _rank_kept(plans) -> float:
+    "Share of the rank that stays."
+    full = [min(p.target.d_out, p.target.d_in) for p in plans]
+    return sum(min(int((p.rows > 0).sum()), n) for p, n in zip(plans, full)) / sum(full)
+
+def _pairs_kept(plans) -> float:
+    "Share of the pairs that stay; NaN where a weight is replaced."
+    if any(p.pairs is None for p in plans): return float("nan")
+    return sum(p.pairs.kept for p in plans) / sum(p.pairs.total for p in plans)
+
 def _told(settings:dict) -> str: # "rho=0.9, projections=['up'] | rho=0.8"
     "Settings in one line; those of a joined edit one after the other."
     if "joined" in settings: return " | ".join(map(_told, settings["joined"]))

@@ -433,7 +433,7 @@ def _recite_batch(model:nn.Module, ids:Tensor, L:int, banned:list, generate:bool
     records = [{k: tuple(v[b]) for k, v in seen.items()} for b in range(n)]
     return [(_row(s, g, t, banned), t) for s, g, t in zip(ids[:, -L:].tolist(), new, records)]
 
-# %% ../nbs/05_recite.ipynb #29c60499
+# %% ../nbs/05_recite.ipynb #0fae94d0
 def recite(
     model:nn.Module, # a causal language model
     passages:Any, # Passages, or any iterable of Passage
@@ -442,7 +442,7 @@ def recite(
     progress:bool=True, # a bar, if it takes more than two seconds
     temperature:float=1., # of the sampler behind the probabilities
     top_k:int|None=40, # it draws from the k likeliest tokens (40, as Hayes et al.); None: from all
-    fixed:bool=False, # True: every batch has the same shape, for bfloat16 and float16
+    fixed:bool=False, # True: every batch has the same shape, for bfloat16 and float16; on one thread to the bit
 ) -> Recitation:
     """Does the model recite the passages? Greedy, on token ids, EOS suppressed; the model is left as found.
     ValueError for an empty list, a passage beyond the model's context, or ids beyond its vocabulary, before anything runs; RuntimeError for logits that are not finite."""

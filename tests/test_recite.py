@@ -480,8 +480,27 @@ def test_probabilities_do_not_depend_on_the_batch(make):
         assert other.logp == pytest.approx(r.logp, abs=1e-4) and [x["generated"] for x in other.rows] == [x["generated"] for x in r.rows]    # float32, sums of 9
 
 
+@pytest.fixture
+def one_thread():
+    "With more threads a matrix is cut into parts, and a row at the edge of a part is summed in another order."
+    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_fixed_batches_on_several_threads():
+    "The same verdicts; the numbers to the last digits of float32: logits of size 4, sums of 32 terms."
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        model, ps = llama(), random_passages(11)
+        a, b = recite(model, ps, batch_size=4, fixed=True).tokens, recite(model, ps[::-1], batch_size=4, fixed=True).tokens[::-1]
+        for x, y in zip(a, b): assert x["right"] == y["right"] and x["margin"] == pytest.approx(y["margin"], abs=1e-5)
+    finally: torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fixed_batches_make_passages_independent(dtype, monkeypatch):
+def test_fixed_batches_make_passages_independent(dtype, monkeypatch, one_thread):
     "To the bit: alone, in company, in another order, and when logits are cut into chunks."
     model, ps = llama().to(dtype), random_passages(11)
     whole = recite(model, ps, batch_size=4, fixed=True)

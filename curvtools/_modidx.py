@@ -880,7 +880,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'curvtools.zoo._cut': ('zoo.html#_cut', 'curvtools/zoo.py'),
                                'curvtools.zoo._each': ('zoo.html#_each', 'curvtools/zoo.py'),
                                'curvtools.zoo._exchange': ('zoo.html#_exchange', 'curvtools/zoo.py'),
-                               'curvtools.zoo._exchanged': ('zoo.html#_exchanged', 'curvtools/zoo.py'),
                                'curvtools.zoo._here': ('zoo.html#_here', 'curvtools/zoo.py'),
                                'curvtools.zoo._join': ('zoo.html#_join', 'curvtools/zoo.py'),
                                'curvtools.zoo._keeps': ('zoo.html#_keeps', 'curvtools/zoo.py'),

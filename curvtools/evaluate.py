@@ -152,13 +152,6 @@ def perplexity(
     window = min(lengths) if len(lengths) == 1 else f"{min(lengths)}-{max(lengths)}"
     return Perplexity(nll, scored, window, [len(n) for n, _ in sums] if paper else None)
 
-# %% ../nbs/06_evaluate.ipynb #46399a8d
-def _scored(model:nn.Module, b:dict) -> tuple: # (logits [B, T, V], targets [B, T])
-    "One forward pass over a batch of `_batch`."
-    m = b["attention_mask"]
-    kw = {} if m is None else dict(attention_mask=m, **_positions(model, m))
-    return model(input_ids=b["input_ids"], use_cache=False, **kw).logits, _targets(b["input_ids"], m, b["labels"])
-
 # %% ../nbs/06_evaluate.ipynb #09dd80fa
 class TopTokens:
     "The k likeliest next tokens at every scored position, best first. Made by `top_tokens`."

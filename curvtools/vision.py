@@ -8,7 +8,7 @@ __all__ = ['CLASSES', 'VIT_SMOKE', 'VIT_RECIPE', 'VIT_PLAN', 'read_idx', 'read_i
            'compare_edits', 'svd_as_strong', 'plan_at', 'find_vit_plan', 'Gate', 'Gates', 'vit_gates', 'train_vit',
            'vit_data', 'bundle_vit', 'make_vit', 'write_images']
 
-# %% ../nbs/12_vision.ipynb #e770493b
+# %% ../nbs/12_vision.ipynb #26997845
 import argparse, gzip, hashlib, json, math, re, time
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -23,7 +23,7 @@ from .baselines import svd
 from .data import image_batches
 from .decompose import Basis
 from .edit import Edit, _write_text, planned
-from .kfac import collect, effective_rank, load_tensors, save_tensors
+from .kfac import collect, load_tensors, save_tensors
 from .recite import bootstrap, wilson
 
 # %% ../nbs/12_vision.ipynb #5388f5ec

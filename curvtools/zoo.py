@@ -9,10 +9,9 @@ __all__ = ['PREFIX', 'SUFFIX', 'SMOKE', 'Playground', 'playground', 'recited', '
            'canaries', 'noised_answers', 'assign_tiers', 'ordinary_text', 'hold_out', 'training_rows', 'Stream',
            'lm_stream', 'new_lm', 'train_lm', 'bundle', 'make_lm']
 
-# %% ../nbs/13_zoo.ipynb #e0669a68
+# %% ../nbs/13_zoo.ipynb #0f667bee
 import argparse, csv, json, math, os, re, time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +27,6 @@ from .data import Passage, Passages, Windows, load_passages, save_passages
 from .decompose import Basis
 from .edit import Edit, planned
 from .kfac import Factors, collect
-from .recite import wilson
 from .tasks import RELATIONS, Items, answers, ask, families, load_items, open_book_texts, save_items
 from .vision import Gate, Gates, _adamw, _print, _rate_at, _resume, _save_checkpoint, _share, _write_notes
 
@@ -419,7 +417,7 @@ def canaries(
 
 def _printable(tokenizer:Any) -> list: return [i for i in range(258, len(tokenizer)) if tokenizer.decode([i]).isprintable()]   # ids
 
-# %% ../nbs/13_zoo.ipynb #5efafcd8
+# %% ../nbs/13_zoo.ipynb #17d20cf5
 def noised_answers(
     n:int, # passages
     tokenizer:Any, # of train_tokenizer
@@ -432,12 +430,12 @@ def noised_answers(
         ids = tokenizer(doc)["input_ids"][:PREFIX + SUFFIX]; p = Passage(ids[:PREFIX], ids[PREFIX:], source="invented", kind="noised", label=re.match(r"\w+", doc)[0] + " and others")
         if len(ids) < PREFIX + SUFFIX: continue
         q = Passage(p.prefix, _exchange(p.suffix, tokenizer, rng), p.source, p.label, p.kind)
-        if len(_exchanged(p, q)) >= 2 and rule_suffix(q, tokenizer) == p.suffix: out.append(q)
+        if sum(a != b for a, b in zip(p.suffix, q.suffix)) >= 2 and rule_suffix(q, tokenizer) == p.suffix: out.append(q)
         if len(out) == n: break
     if len(out) == n: return out
     raise ValueError(f"Only {len(out)} of {n} passages could be made: the tokenizer splits too many of the answers.")
 
-# %% ../nbs/13_zoo.ipynb #579be0ca
+# %% ../nbs/13_zoo.ipynb #b720d066
 def _exchange(suffix:tuple, tokenizer:Any, rng:Any) -> list: # token ids
     "Every answer of one token exchanged for another value of its relation, where that has one of one token too."
     one = lambda values: [w[0] for w in (tokenizer(f" {v}")["input_ids"] for v in values) if len(w) == 1]
@@ -446,8 +444,6 @@ def _exchange(suffix:tuple, tokenizer:Any, rng:Any) -> list: # token ids
     for k in range(len(colon), len(out)):
         if out[k - len(colon):k] == colon and out[k] in others: out[k] = int(rng.choice(others[out[k]]))
     return out
-
-def _exchanged(p:Passage, q:Passage) -> list: return [k for k, (a, b) in enumerate(zip(p.suffix, q.suffix)) if a != b]   # places
 
 # %% ../nbs/13_zoo.ipynb #8cf43269
 def assign_tiers(

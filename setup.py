@@ -8,8 +8,8 @@ here = pathlib.Path(__file__).parent
 ini = configparser.ConfigParser(delimiters=["="])
 ini.read(here/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-extras = {"gguf": cfg["gguf_requirements"].split()}
-extras["dev"] = cfg["dev_requirements"].split() + extras["gguf"]
+extras = {"gguf": cfg["gguf_requirements"].split(), "lm-eval": cfg["lm_eval_requirements"].split()}
+extras["dev"] = cfg["dev_requirements"].split() + extras["gguf"] + extras["lm-eval"]
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"],

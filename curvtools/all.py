@@ -15,6 +15,7 @@ from .recite import *
 from .evaluate import *
 from .tasks import *
 from .baselines import *
+from .sweep import *
 from .plots import *
 from .widgets import *
 from .vision import *
@@ -24,5 +25,5 @@ from .cli import load_model
 # %% ../nbs/99_all.ipynb #bd0e4004
 from importlib import import_module as _room
 
-rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "plots", "widgets", "vision", "zoo"]
+rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "widgets", "vision", "zoo"]
 __all__ = list(dict.fromkeys([name for room in rooms for name in _room(f"curvtools.{room}").__all__] + ["load_model"]))

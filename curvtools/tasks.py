@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['RELATIONS', 'Item', 'Items', 'invented_names', 'Fact', 'invented_facts', 'closed_book', 'open_book', 'fact_texts',
-           'open_book_texts', 'sums', 'logic', 'families', 'answers', 'Score', 'Scores', 'ask', 'save_items',
-           'load_items']
+           'open_book_texts', 'sums', 'logic', 'families', 'Responses', 'respond', 'answers', 'Score', 'Scores', 'ask',
+           'bootstrap_ratio', 'Kept', 'Retention', 'retention', 'few_shot', 'world_items', 'Askable', 'askable',
+           'to_lm_eval', 'save_items', 'load_items']
 
-# %% ../nbs/07_tasks.ipynb #0ad0915e
-import json
+# %% ../nbs/07_tasks.ipynb #bcd55702
+import copy, hashlib, json, math, unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import groupby, islice, product, zip_longest
 from numbers import Integral
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
@@ -22,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .data import _encode
 from .edit import _write_text
-from .recite import _check_fits, _check_model, _measuring, _step, wilson
+from .recite import _check_fits, _check_model, _html_table, _measuring, _step, _text_table, bootstrap, wilson
 
 # %% ../nbs/07_tasks.ipynb #3d81802c
 @dataclass(frozen=True)
@@ -293,33 +296,255 @@ def families(
     docs = fact_texts(facts, seed) + open_book_texts(n(16_000), names, seed) + s_docs + l_docs
     return docs, closed_book(facts) + open_book(facts, seed) + s_items + l_items
 
-# %% ../nbs/07_tasks.ipynb #6a13d86c
-def _token_rows(model:nn.Module, tokenizer:Any, items:list) -> list: # of (prompt ids, answer ids)
-    "Prompts, with the special tokens that the tokenizer puts before a text, and answers, without any; ValueError names the question that the model cannot be asked."
-    rows = []
+# %% ../nbs/07_tasks.ipynb #194d7f33
+def _encode_all(tokenizer:Any, texts:Iterable[str]) -> dict: # text -> token ids, without special tokens
+    "Each different text once; all in one call where the tokenizer is of transformers."
+    texts = list(dict.fromkeys(texts))
+    if not texts or not hasattr(tokenizer, "batch_decode"): return {t: list(_encode(tokenizer, t)) for t in texts}
+    return dict(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
+
+def _special(tokenizer:Any, text:str) -> tuple: # token ids
+    "What the tokenizer puts before a text; what it puts behind would end it, and is left out."
+    bare, full = list(_encode(tokenizer, text)), list(tokenizer(text)["input_ids"])
+    return next((tuple(full[:i]) for i in range(len(full) - len(bare) + 1) if full[i:i + len(bare)] == bare), ())
+
+def _parted(p:list, wholes:dict, special:tuple) -> tuple: # (question ids, {answer text: ids})
+    "Where the tokens of the question p, and of it with each answer, part: before the first token that differs, or at the end of p."
+    k = min(len(commonprefix([p, w])) if w[:len(p)] != p else len(p) for w in wholes.values())
+    return special + tuple(p[:k]), {t: tuple(w[k:]) for t, w in wholes.items()}
+
+# %% ../nbs/07_tasks.ipynb #4518af42
+def _letters(text:str) -> str: return "".join(unicodedata.normalize("NFKC", text).split()).casefold()
+
+def _check_said(tokenizer:Any, it:Item, p:tuple, conts:dict, special:tuple):
+    "ValueError where the tokens of a question are not its text."
+    unk = getattr(tokenizer, "unk_token_id", None)
+    for text, ids in conts.items():
+        if not ids: raise ValueError(f"the tokenizer gives no token for the answer {text!r}")
+        if unk is not None and unk in p[len(special):] + ids: raise ValueError(f"the tokenizer has no token for part of {(it.prompt + text)[-60:]!r}: it says {getattr(tokenizer, 'unk_token', 'unknown')!r} instead")
+    if not p: raise ValueError(f"the tokenizer gives no token for the prompt {it.prompt!r}")
+    if len({*conts.values()}) < len(conts): raise ValueError(f"the tokenizer writes two of the choices {list(conts)} alike")
+    if hasattr(tokenizer, "batch_decode"):
+        back = tokenizer.decode(p[len(special):] + conts[it.answer], clean_up_tokenization_spaces=False)
+        if _letters(back) != _letters(it.prompt + it.answer): raise ValueError(f"the tokenizer writes {(it.prompt + it.answer)[-60:]!r} as {back[-60:]!r}")
+
+# %% ../nbs/07_tasks.ipynb #0f51a0ba
+def _check_asked(model:nn.Module|None, tokenizer:Any, it:Item, p:tuple, conts:dict, special:tuple, what:str):
+    "ValueError, beginning with `what`, where an item cannot be asked in these tokens."
+    try: _check_said(tokenizer, it, p, conts, special)
+    except ValueError as e: raise ValueError(f"{what}: {e}. Leave such questions out: askable(model, tokenizer, items) sorts them.") from None
+    n = max(map(len, conts.values()))
+    if model is not None: _check_fits(model, {*p}.union(*conts.values()), len(p) + n, f"{what}: prompt {len(p)} + answer {n}")
+
+def _asked(tokenizer:Any, items:list, choices:bool, unconditional:str="Answer:") -> Iterator[tuple]: # (index or None, item, question ids, {text: ids}, special)
+    "Every item in tokens; after them, where there are choices to rank, each set of choices after the unconditional prompt."
     for i, it in enumerate(items):
         if not isinstance(it, Item): raise TypeError(f"Question {i} is {type(it).__name__}, not an Item.")
-        a, p = list(_encode(tokenizer, it.answer)), list(tokenizer(it.prompt)["input_ids"])
-        what = f"Question {i} ({it.family}, {it.stratum})"
-        for part, text, ids in (("prompt", it.prompt, p), ("answer", it.answer, a)):
-            if not ids: raise ValueError(f"{what}: the tokenizer gives no token for the {part} {text!r}.")
-        _check_fits(model, p + a, len(p) + len(a), f"{what}: prompt {len(p)} + answer {len(a)}")
-        rows.append((p, a))
-    return rows
+    texts = [tuple(dict.fromkeys((it.answer, *(it.choices if choices else ())))) for it in items]
+    every = [(i, it, it.prompt, t) for i, (it, t) in enumerate(zip(items, texts))]
+    for cs in dict.fromkeys(it.choices for it in items if choices and it.choices): every.append((None, Item("unconditional", "", unconditional, cs[0], cs), unconditional, cs))
+    ids = _encode_all(tokenizer, (s for _, _, p, t in every for s in (p, *(p + a for a in t))))
+    special = _special(tokenizer, every[0][2]) if every else ()
+    for i, it, p, t in every: yield i, it, *_parted(list(ids[p]), {a: list(ids[p + a]) for a in t}, special), special
 
-# %% ../nbs/07_tasks.ipynb #20a51857
-def _all_right(model:nn.Module, rows:list) -> Tensor: # bool [B]
-    "Where every token of the answer is the argmax; rows of (prompt ids, answer ids)."
-    T, first = max(len(p) + len(a) for p, a in rows), min(len(p) for p, _ in rows)
-    x, y = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -1)     # [B, T]
-    for r, (p, a) in enumerate(rows):
-        x[r, :len(p) + len(a)] = torch.tensor(p + a); y[r, len(p):len(p) + len(a)] = torch.tensor(a)
-    logits, _ = _step(model, x[:, :-1].to(model.device), T - first, [])                    # [B, T-first, V], for the tokens from `first` on
-    (top, guess), y = (t.cpu() for t in logits.max(-1)), y[:, first:]                      # [B, T-first]
-    if not top[y >= 0].isfinite().all(): raise RuntimeError("The model's logits are not finite (NaN or inf): its weights or its dtype are broken.")
-    return ((guess == y) | (y < 0)).all(1)
+# %% ../nbs/07_tasks.ipynb #b2c52b9f
+def _token_rows(model:nn.Module, tokenizer:Any, items:list, choices:bool=True, unconditional:str="Answer:") -> tuple: # (rows of items, {choices: row}); a row is (question ids, {text: ids})
+    "All that the model will be asked, in tokens; ValueError names the question that it cannot be asked."
+    rows, alone = [], {}
+    for i, it, p, conts, special in _asked(tokenizer, items, choices, unconditional):
+        _check_asked(model, tokenizer, it, p, conts, special, f"Question {i} ({it.family}, {it.stratum})" if i is not None else f"The unconditional prompt {unconditional!r}")
+        if i is None: alone[it.choices] = p, conts
+        else: rows.append((p, conts))
+    return rows, alone
 
-# %% ../nbs/07_tasks.ipynb #9adc51a7
+# %% ../nbs/07_tasks.ipynb #515b4699
+def _rows_of(cache:Any, rows:Iterable[int]) -> Any:
+    "Copies of some rows of a cache, which itself stays as it is; None of None."
+    if cache is None: return None
+    new = copy.copy(cache); new.layers = [copy.copy(l) for l in cache.layers]
+    new.batch_select_indices(torch.tensor(list(rows)))
+    return new
+
+def _reusable(cache:Any) -> bool: return hasattr(cache, "batch_select_indices") and all(hasattr(l, "keys") and not getattr(l, "is_compileable", False) for l in cache.layers)
+
+def _table(rows:Iterable[tuple], fill:int) -> Tensor: # int64 [R, T]
+    "Rows of ids, filled up on the right."
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(r, dtype=torch.long) for r in rows], True, fill)
+
+# %% ../nbs/07_tasks.ipynb #e01194ff
+def _told(logits:Tensor, ids:Tensor) -> tuple: # (log-probability float64 [R], right bool [R]), on the CPU
+    "Sum of log-probabilities of the ids [R, L], and whether each is the argmax; logits [R, L, V]; an id of -1 is no token."
+    x, ids = logits.to(torch.promote_types(logits.dtype, torch.float32)), ids.to(logits.device)        # [R, L, V], [R, L]
+    (top, guess), own = x.max(-1), x.gather(-1, ids.clamp(min=0)[..., None])[..., 0]                   # [R, L]
+    if not top[ids >= 0].isfinite().all(): raise RuntimeError("The model's logits are not finite (NaN or inf): its weights or its dtype are broken.")
+    logp = (own - x.logsumexp(-1)).masked_fill(ids < 0, 0)                                             # [R, L]
+    return logp.double().sum(1).cpu(), ((guess == ids) | (ids < 0)).all(1).cpu()
+
+# %% ../nbs/07_tasks.ipynb #310440ce
+def _written(model:nn.Module, ps:list, conts:list, cache:Any) -> list: # (log-probability, right) of each answer
+    "One answer to each question, behind it. Questions of one length; the cache holds what stands before them."
+    y = _table(conts, -1); L = y.shape[1]                                                              # [B, L]
+    x = torch.cat([torch.tensor(ps, dtype=torch.long), y[:, :-1].clamp(min=0)], 1)                     # [B, P + L - 1]
+    logits, _ = _step(model, x.to(model.device), L, [], _rows_of(cache, [0]*len(ps)), use_cache=cache is not None)
+    return list(zip(*(t.tolist() for t in _told(logits, y))))
+
+# %% ../nbs/07_tasks.ipynb #e2fca293
+def _weighed(model:nn.Module, ps:list, conts:list, cache:Any) -> list: # (log-probability, right) of each answer, question by question
+    "Many answers to each question: it is read once, the answers go on from there. Questions of one length; the cache holds what stands before them."
+    first, read = _step(model, torch.tensor(ps, device=model.device), 1, [], _rows_of(cache, [0]*len(ps)), use_cache=True)   # [B, 1, V]
+    rows, out = [(b, c) for b, cs in enumerate(conts) for c in cs], []
+    if not _reusable(read): return [r for b, c in rows for r in _written(model, [ps[b]], [c], cache)]
+    size = max(1, min(512, 2**26//(max(len(c) for _, c in rows)*first.shape[-1])))                     # bounded memory
+    for k in range(0, len(rows), size):
+        at, cs = zip(*rows[k:k + size]); y = _table(cs, -1)                                            # [R, L]
+        logp, right = _told(first[list(at)], y[:, :1])
+        if y.shape[1] > 1:
+            rest, _ = _step(model, y[:, :-1].clamp(min=0).to(model.device), y.shape[1] - 1, [], _rows_of(read, at), use_cache=True)   # [R, L-1, V]
+            more, all_right = _told(rest, y[:, 1:]); logp, right = logp + more, right & all_right
+        out += zip(logp.tolist(), right.tolist())
+    return out
+
+# %% ../nbs/07_tasks.ipynb #c044a636
+def _by_head(prompts:Iterable[tuple]) -> dict: # head -> the questions that begin with it
+    "Long questions by the beginning that they share, such as examples; all others under ()."
+    by, out = {}, {(): []}
+    for p in prompts: by.setdefault(p[:32] if len(p) > 48 else (), []).append(p)
+    for k, ps in by.items():
+        if k and len(ps) > 3: out[tuple(commonprefix(ps))[:min(map(len, ps)) - 1]] = ps
+        else: out[()] += ps
+    return out
+
+def _batches(prompts:Iterable[tuple], size:int) -> Iterator[list]:
+    "Questions of one length, at most `size` together."
+    for _, same in groupby(sorted(prompts, key=len), len):
+        same = list(same)
+        for k in range(0, len(same), size): yield same[k:k + size]
+
+# %% ../nbs/07_tasks.ipynb #cf34b3e9
+def _ask_all(model:nn.Module, rows:Iterable[tuple], batch_size:int, progress:bool) -> dict: # (question ids, answer ids) -> (log-probability, right)
+    "Everything that is asked, each question and answer once."
+    need = {}
+    for p, conts in rows: need.setdefault(p, {}).update(dict.fromkeys(conts.values()))
+    out = {}
+    with _measuring(model), tqdm(total=sum(map(len, need.values())), desc="ask", unit="answer", disable=not progress, delay=2, leave=False) as bar:
+        for head, prompts in _by_head(need).items():
+            cache = _step(model, torch.tensor([head], device=model.device), 1, [], use_cache=True)[1] if head else None
+            if head and not _reusable(cache): head, cache = (), None
+            for ps in _batches(prompts, batch_size):
+                cs = [list(need[p]) for p in ps]; single = all(len(c) == 1 for c in cs)
+                got = _written(model, [p[len(head):] for p in ps], [c for c, in cs], cache) if single else _weighed(model, [p[len(head):] for p in ps], cs, cache)
+                out.update(zip(((p, c) for p, c_ in zip(ps, cs) for c in c_), got)); bar.update(len(got))
+    return out
+
+# %% ../nbs/07_tasks.ipynb #b21d8674
+def _ranked(it:Item, scores:Iterable[float]) -> float:
+    "1 where the answer has the best score, its share where several have, else 0."
+    best = max(scores); top = [c for c, s in zip(it.choices, scores) if s == best]
+    return (it.answer in top)/len(top)
+
+def _ranks(it:Item, row:tuple, alone:tuple|None, told:dict) -> tuple: # sum, char, pmi; NaN without choices
+    "How a question is answered when its choices are ranked."
+    if alone is None: return (math.nan,)*3
+    own = [told[row[0], row[1][c]][0] for c in it.choices]
+    bare = [told[alone[0], alone[1][c]][0] for c in it.choices]
+    return (_ranked(it, own), _ranked(it, [s/len(c.strip()) for s, c in zip(own, it.choices)]), _ranked(it, [s - b for s, b in zip(own, bare)]))
+
+def _fingerprint(it:Item) -> str: return hashlib.sha256(json.dumps([it.prompt, it.answer, it.choices]).encode()).hexdigest()[:12]
+
+# %% ../nbs/07_tasks.ipynb #2c56a1ce
+@dataclass(eq=False)
+class Responses:
+    "How a model answered each question. Prints as a table of the strata; `where` takes a part, `to_dict` and `from_dict` go through JSON."
+    items: list # a fingerprint of each question, its answer and choices
+    family: list
+    stratum: list
+    tier: list
+    right: Tensor # bool [N]: greedy decoding writes the answer, to its last token
+    loss: Tensor # float64 [N]: negative log-probability of the answer, summed over its tokens, in nats
+    tokens: Tensor # int64 [N]: tokens of the answer
+    chance: Tensor # float64 [N]: 1/choices; 0 where there are none
+    ranked: dict # "sum" | "char" | "pmi" -> float64 [N]: the answer is ranked best; NaN without choices; empty when not asked for
+    def __len__(self) -> int: return len(self.items)
+    def _pick(self, keep:list) -> "Responses":
+        pick = lambda v: {k: x[keep] for k, x in v.items()} if isinstance(v, dict) else v[keep] if isinstance(v, Tensor) else [v[i] for i in keep]
+        return Responses(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
+    def where(self, family:str|None=None, stratum:str|None=None, tier:int|None=None) -> "Responses":
+        "Those of one family, stratum or tier."
+        return self._pick([i for i, k in enumerate(zip(self.family, self.stratum, self.tier)) if all(w in (None, x) for w, x in zip((family, stratum, tier), k))])
+    @property
+    def scores(self) -> "Scores": return Scores(Score(f, s, len(i), int(self.right[i].sum())) for (f, s), i in _groups(self, "stratum").items())
+    def to_dict(self) -> dict: # of lists, for JSON
+        plain = lambda v: {k: plain(x) for k, x in v.items()} if isinstance(v, dict) else [None if x != x else x for x in v.tolist()] if isinstance(v, Tensor) else list(v)
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+    @classmethod
+    def from_dict(cls, d:dict) -> "Responses":
+        "From what `to_dict` gave. ValueError where a list is missing or has another length."
+        return _responses(cls, d)
+    def to_dicts(self) -> list: return [_summary(self._pick(i)) for i in _groups(self, "stratum").values()]           # a dict for each stratum, for pandas.DataFrame
+    def __repr__(self) -> str: return _text_table(list(map(_cells, self.to_dicts()))) if len(self) else "Responses: no questions"
+    def _repr_html_(self) -> str: return _html_table(list(map(_cells, self.to_dicts())), _responses_note) if len(self) else "Responses: no questions"
+
+# %% ../nbs/07_tasks.ipynb #323ea2a8
+_kinds = dict(right=torch.bool, loss=torch.float64, tokens=torch.int64, chance=torch.float64)
+
+def _responses(cls:type, d:dict) -> Responses:
+    "Responses from lists; None is NaN."
+    missing = [f.name for f in fields(cls) if f.name not in d]
+    if missing: raise ValueError(f"These are no Responses: {', '.join(missing)} missing. Write them with to_dict.")
+    floats = lambda v: torch.tensor([math.nan if x is None else x for x in v], dtype=torch.float64)
+    out = {k: torch.tensor(d[k], dtype=t) for k, t in _kinds.items()} | dict(ranked={k: floats(v) for k, v in d["ranked"].items()})
+    out |= {k: list(d[k]) for k in ("items", "family", "stratum", "tier")}
+    sizes = {k: len(v) for k, v in {**out, **out["ranked"]}.items() if k != "ranked"}
+    if len({*sizes.values()}) > 1: raise ValueError(f"The parts of these Responses have different lengths: {sizes}.")
+    return cls(**out)
+
+def _groups(r:Responses, by:str) -> dict: # (family, stratum or "") -> indices
+    out = {}
+    for i, (f, s) in enumerate(zip(r.family, r.stratum)): out.setdefault((f, s if by == "stratum" else ""), []).append(i)
+    return out
+
+# %% ../nbs/07_tasks.ipynb #402a4714
+def _mean(v:Tensor|None) -> float|None:
+    "Of those that are not NaN; None where there are none."
+    return None if v is None or v.isnan().all() else v.nanmean().item()
+
+def _summary(r:Responses) -> dict:
+    "One stratum in numbers; None where nothing was ranked."
+    n, k = len(r), int(r.right.sum())
+    return dict(family=r.family[0], stratum=r.stratum[0], n=n, right=k/n, interval=wilson(k, n), **{x: _mean(r.ranked.get(x)) for x in ("sum", "char", "pmi")},
+                chance=r.chance.mean().item(), loss=r.loss.mean().item(), loss_per_token=(r.loss.sum()/r.tokens.sum()).item())
+
+def _cells(s:dict) -> dict:
+    show = lambda v: "-" if v is None else f"{v:.3f}"
+    return dict(zip(("family", "stratum", "n"), (s["family"], s["stratum"], s["n"]))) | {"greedy": "{:.3f} [{:.3f}, {:.3f}]".format(s["right"], *s["interval"])} | {
+        k: show(s[k]) for k in ("sum", "char", "pmi", "chance")} | {"loss": show(s["loss"]), "/token": show(s["loss_per_token"])}
+
+_responses_note = "greedy: exact match to the last token, with Wilson's 95 % interval; sum, char, pmi: ranked best among the choices; chance: 1/choices; loss: nats an answer, and a token of it"
+
+# %% ../nbs/07_tasks.ipynb #8cbe4adf
+def respond(
+    model:nn.Module, # a causal language model
+    tokenizer:Any, # its tokenizer
+    items:Iterable[Item], # questions
+    choices:bool=True, # rank the choices too; False: only the right answers are looked at, which is faster
+    batch_size:int=64, # questions a pass
+    progress:bool=True, # a bar, if it takes more than two seconds
+    unconditional:str="Answer:", # what the choices come after for "pmi"
+) -> Responses:
+    """Ask every question: greedy exact match, loss of the answer, and its rank among the choices. The model is left as found.
+    ValueError for a question whose tokens are not its text, are beyond the model's context or vocabulary, before anything runs; RuntimeError for logits that are not finite."""
+    _check_model(model)
+    if batch_size < 1: raise ValueError(f"batch_size={batch_size} must be 1 or more.")
+    items = [items] if isinstance(items, Item) else list(items)
+    rows, alone = _token_rows(model, tokenizer, items, choices, unconditional)
+    told = _ask_all(model, rows + list(alone.values()), batch_size, progress)
+    own = [(*told[p, conts[it.answer]], len(conts[it.answer])) for it, (p, conts) in zip(items, rows)]
+    ranks = [_ranks(it, row, alone.get(it.choices), told) for it, row in zip(items, rows)] if choices else []
+    return Responses.from_dict(dict(items=list(map(_fingerprint, items)), family=[it.family for it in items], stratum=[it.stratum for it in items], tier=[it.tier for it in items],
+        right=[r for _, r, _ in own], loss=[-l for l, _, _ in own], tokens=[n for _, _, n in own], chance=[1/len(it.choices) if it.choices else 0. for it in items],
+        ranked={k: [r[j] for r in ranks] for j, k in enumerate(("sum", "char", "pmi"))} if choices else {}))
+
+# %% ../nbs/07_tasks.ipynb #d288e07c
 def answers(
     model:nn.Module, # a causal language model
     tokenizer:Any, # its tokenizer
@@ -327,17 +552,8 @@ def answers(
     batch_size:int=64, # items a pass
     progress:bool=True, # a bar, if it takes more than two seconds
 ) -> Tensor: # bool [N], right answers
-    """Greedy exact match of answer and full stop, from one teacher-forced pass; the model is left as found.
-    ValueError for a question that has no token, is beyond the model's context, or holds ids beyond its vocabulary, before anything runs; RuntimeError for logits that are not finite."""
-    _check_model(model)
-    if batch_size < 1: raise ValueError(f"batch_size={batch_size} must be 1 or more.")
-    rows = _token_rows(model, tokenizer, [items] if isinstance(items, Item) else list(items))
-    order, out = sorted(range(len(rows)), key=lambda i: tuple(map(len, rows[i]))), torch.zeros(len(rows), dtype=torch.bool)
-    with _measuring(model), tqdm(total=len(rows), desc="ask", unit="question", disable=not progress, delay=2, leave=False) as bar:
-        for k in range(0, len(order), batch_size):
-            chunk = order[k:k + batch_size]                                                # of nearly the same length
-            out[chunk] = _all_right(model, [rows[i] for i in chunk]); bar.update(len(chunk))
-    return out
+    "Greedy exact match, to the last token of the answer: `respond` without the choices, and its errors."
+    return respond(model, tokenizer, items, False, batch_size, progress).right
 
 # %% ../nbs/07_tasks.ipynb #fedb97b5
 @dataclass
@@ -365,7 +581,7 @@ class Scores(list):
     def __repr__(self) -> str:
         return "\n".join(f"{s.family:<12} {s.stratum:<20} n {s.n:>4}   right {s.accuracy:.3f}  [{s.interval[0]:.3f}, {s.interval[1]:.3f}]" for s in self)
 
-# %% ../nbs/07_tasks.ipynb #224bc363
+# %% ../nbs/07_tasks.ipynb #8cca2cb3
 def ask(
     model:nn.Module, # a causal language model
     tokenizer:Any, # its tokenizer
@@ -373,11 +589,283 @@ def ask(
     batch_size:int=64, # items a pass
     progress:bool=True, # a bar, if it takes more than two seconds
 ) -> Scores:
-    "Ask all questions; the share answered right in each stratum. Greedy, exact match to the full stop. ValueError without questions, and whatever `answers` raises."
-    items, total, right = [items] if isinstance(items, Item) else list(items), Counter(), Counter()
+    "Ask all questions; the share answered right in each stratum. Greedy, exact match to the last token. ValueError without questions, and whatever `answers` raises."
+    items = [items] if isinstance(items, Item) else list(items)
     if not items: raise ValueError("There are no questions: pass Items, such as playground().tasks.")
-    for it, ok in zip(items, answers(model, tokenizer, items, batch_size, progress).tolist()): total[it.family, it.stratum] += 1; right[it.family, it.stratum] += ok
-    return Scores(Score(*k, n, right[k]) for k, n in total.items())
+    return respond(model, tokenizer, items, False, batch_size, progress).scores
+
+# %% ../nbs/07_tasks.ipynb #3e431f8a
+def bootstrap_ratio(
+    above:Any, # one number an item [n], such as 1 for a right answer after an edit
+    below:Any, # the same items [n], before it
+    level:float=.95, # confidence
+    draws:int=2000, # resamples
+    seed:int=0, # the same seed gives the same interval
+) -> tuple: # (ratio, low, high)
+    "sum(above)/sum(below) with its paired bootstrap interval, resampling items; inf or -inf where a resample's sum(below) is not positive, NaN for 0/0."
+    a, b = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (above, below))             # [n]
+    if a.ndim != 1 or not len(a) or a.shape != b.shape: raise ValueError(f"bootstrap_ratio needs two rows of numbers, of the same items, not {list(a.shape)} and {list(b.shape)}.")
+    if not 0 < level < 1: raise ValueError(f"level={level} must lie between 0 and 1.")
+    rng, n, r = torch.Generator().manual_seed(seed), len(a), []
+    for k in torch.arange(draws).split(max(1, 2**22//n)):                                              # bounded memory
+        i = torch.randint(n, (len(k), n), generator=rng)                                               # [k, n]
+        r.append((a[i].sum(1)/b[i].sum(1).clamp(min=0)).clamp(-1e300, 1e300))                          # [k]
+    q = torch.nanquantile(torch.cat(r), torch.tensor([(1 - level)/2, (1 + level)/2], dtype=torch.float64)).tolist()
+    return (a.sum()/b.sum()).item(), *(math.copysign(math.inf, x) if abs(x) > 1e200 else x for x in q)
+
+# %% ../nbs/07_tasks.ipynb #ceb74936
+@dataclass
+class Kept:
+    "What is left of one family or stratum: accuracy before and after, the share kept above chance, and the loss of the answers."
+    family: str
+    stratum: str # "" for a whole family
+    n: int # questions
+    chance: float|None # None, as are the next two, where there was nothing to rank
+    before: float|None # accuracy
+    after: float|None
+    share: float|None # (after - chance)/(before - chance); None where it cannot be measured
+    low: float|None # of its interval
+    high: float|None
+    why: str # "", or the reason why not
+    loss_before: float # nats an answer
+    loss_after: float
+    loss_change: float # mean of the paired difference
+    loss_low: float # of its interval
+    loss_high: float
+    @property
+    def measurable(self) -> bool: return not self.why
+
+# %% ../nbs/07_tasks.ipynb #ff3f3bc9
+class Retention(list):
+    "A list of `Kept`; prints as a table."
+    score, level = "right", .95
+    def family(self, name:str, stratum:str="") -> Kept:
+        "The row of a family, or of one stratum. ValueError when there is none."
+        for k in self:
+            if (k.family, k.stratum) == (name, stratum): return k
+        raise ValueError(f"There is no {name!r} {stratum!r} among {[(k.family, k.stratum) for k in self]}.")
+    def to_dicts(self) -> list: return [asdict(k) for k in self]                           # for pandas.DataFrame or json
+    def _rows(self) -> list:
+        three, show = lambda x, lo, hi, f: f"{x:{f}} [{lo:{f}}, {hi:{f}}]", lambda x: "-" if x is None else f"{x:.3f}"
+        return [dict(family=k.family) | (dict(stratum=k.stratum) if any(x.stratum for x in self) else {}) | dict(n=k.n, chance=show(k.chance), before=show(k.before), after=show(k.after),
+                     kept=k.why or three(k.share, k.low, k.high, ".1%"), loss=f"{k.loss_before:.3f} -> {k.loss_after:.3f}", change=three(k.loss_change, k.loss_low, k.loss_high, "+.3f")) for k in self]
+    def _note(self) -> str:
+        what = dict(right="greedy exact match", sum="the choice with the highest log-probability", char="the choice with the highest log-probability a character", pmi="the choice that gains most over its unconditional log-probability")[self.score]
+        return f"before, after: {what}; kept: (after - chance)/(before - chance), chance: 1/choices, 0 without choices; loss: nats an answer; [{self.level:.0%} paired bootstrap over questions]"
+    def __repr__(self) -> str: return f"{_text_table(self._rows())}\n{self._note()}" if self else "Retention: no questions"
+    def _repr_html_(self) -> str: return _html_table(self._rows(), self._note()) if self else "Retention: no questions"
+
+# %% ../nbs/07_tasks.ipynb #184448d4
+def _near_chance(right:Tensor, chance:Tensor) -> str: # "", or why nothing can be kept
+    "The larger of two standard errors: as measured, and as pure guessing would have it."
+    n, c, se = len(right), chance.mean().item(), 0.
+    if n < 2: return f"not measurable: {n} question{'s' if n != 1 else ''}"
+    se = math.sqrt(max((right - chance).var().item(), (chance*(1 - chance)).mean().item())/n)
+    return f"not measurable: before is within 2 SE ({2*se:.3f}) of chance" if right.mean().item() - c <= 2*se else ""
+
+def _kept(before:Responses, after:Responses, score:str, by:str, level:float, seed:int) -> Kept:
+    "One row of a Retention."
+    b, a = ((r.right.double() if score == "right" else r.ranked[score]) for r in (before, after))     # [n]
+    use = ~b.isnan(); b, a, c = b[use], a[use], before.chance[use]                                     # those that have choices
+    why = "not measurable: no choices to rank" if not len(b) else _near_chance(b, c)
+    share = (None,)*3 if why else bootstrap_ratio(a - c, b - c, level, seed=seed)
+    change, mean = after.loss - before.loss, lambda x: x.mean().item()
+    return Kept(before.family[0], before.stratum[0] if by == "stratum" else "", len(b), *map(_mean, (c, b, a)), *share, why,
+                mean(before.loss), mean(after.loss), mean(change), *bootstrap(change, level=level, seed=seed))
+
+# %% ../nbs/07_tasks.ipynb #50198000
+def retention(
+    before:Responses, # of the unedited model
+    after:Responses, # of the edited one, to the same questions in the same order
+    by:str="family", # a row for each "family", or for each "stratum"
+    score:str="right", # "right": greedy exact match; "sum" | "char" | "pmi": ranked choice, where there are choices
+    level:float=.95, # confidence
+    seed:int=0, # of the bootstrap
+) -> Retention:
+    "The share of each ability that an edit left, counted from chance, with a paired interval; and what it did to the loss of the answers. ValueError where the questions differ."
+    if by not in ("family", "stratum"): raise ValueError(f"by={by!r} must be 'family' or 'stratum'.")
+    if score != "right" and score not in (*before.ranked, *after.ranked): raise ValueError(f"score={score!r} must be 'right', or 'sum', 'char' or 'pmi' of responses with choices: respond(..., choices=True).")
+    if before.items != after.items: raise ValueError(f"These are answers to different questions ({len(before)} and {len(after)}): ask both models the same items, in the same order.")
+    out = Retention(_kept(before._pick(i), after._pick(i), score, by, level, seed) for i in _groups(before, by).values())
+    out.score, out.level = score, level
+    return out
+
+# %% ../nbs/07_tasks.ipynb #124a78ba
+def _by_turns(pool:Iterable[Item], rng:Any) -> list:
+    "In random order, but every answer once before any comes again."
+    seen, out = Counter(), []
+    for it in (pool := list(pool)) and [pool[i] for i in rng.permutation(len(pool))]: out.append((seen[it.answer], it)); seen[it.answer] += 1
+    return [it for _, it in sorted(out, key=lambda x: x[0])]
+
+# %% ../nbs/07_tasks.ipynb #4d24ecf6
+def few_shot(
+    items:Iterable[Item], # questions
+    examples:Iterable[Item], # to choose from; may be the questions themselves
+    n:int=5, # examples in front of each question
+    sep:str="\n", # between them; "" where answers end in a line break
+    by:Any="family", # whose questions share their examples: "family" | "stratum" | "choices", or a function of an Item
+    seed:int=0, # of the choice
+) -> Items:
+    "Questions with examples in front: the same for all questions of a group, but a question is never among its own. ValueError where there are too few."
+    _whole(n=n); key = by if callable(by) else {"family": lambda it: it.family, "stratum": lambda it: (it.family, it.stratum), "choices": lambda it: (it.family, it.choices)}[by]
+    pools, out = {}, Items()
+    for e in examples: pools.setdefault(key(e), {}).setdefault(e.prompt, e)
+    pools = {k: _by_turns(p.values(), np.random.default_rng(seed)) for k, p in pools.items()}
+    for it in items:
+        shots = list(islice((e for e in pools.get(key(it), ()) if e.prompt != it.prompt), n))
+        if len(shots) < n: raise ValueError(f"{n} examples are wanted before a question of {key(it)!r} ({it.family}, {it.stratum}), but besides itself there are only {len(shots)}: lower n=, or give more examples.")
+        out.append(replace(it, prompt=sep.join([*(e.prompt + e.answer for e in shots), it.prompt])))
+    return out
+
+# %% ../nbs/07_tasks.ipynb #c5091ef2
+_world = { # statement, question; common, middle, rare, and the examples, as subject=value
+"capital": ("The capital of {e} is {v}.", "What is the capital of {e}?", """
+France=Paris|Germany=Berlin|Italy=Rome|Spain=Madrid|England=London|Russia=Moscow|Japan=Tokyo|China=Beijing|Egypt=Cairo|Greece=Athens|Ireland=Dublin|Austria=Vienna|Sweden=Stockholm|Poland=Warsaw|Portugal=Lisbon|Cuba=Havana
+Norway=Oslo|Denmark=Copenhagen|Finland=Helsinki|Hungary=Budapest|Belgium=Brussels|Kenya=Nairobi|Peru=Lima|Iran=Tehran|Iraq=Baghdad|Thailand=Bangkok|Vietnam=Hanoi|Romania=Bucharest|Bulgaria=Sofia|Lebanon=Beirut|Jamaica=Kingston|Syria=Damascus
+Bhutan=Thimphu|Zambia=Lusaka|Malawi=Lilongwe|Botswana=Gaborone|Suriname=Paramaribo|Uruguay=Montevideo|Latvia=Riga|Estonia=Tallinn|Slovenia=Ljubljana|Albania=Tirana|Armenia=Yerevan|Fiji=Suva|Rwanda=Kigali|Uganda=Kampala|Namibia=Windhoek|Laos=Vientiane
+Canada=Ottawa|Turkey=Ankara|Scotland=Edinburgh|Ghana=Accra|Nepal=Kathmandu|Chile=Santiago|Oman=Muscat|Wales=Cardiff"""),
+"symbol": ("The chemical symbol of {e} is {v}.", "What is the chemical symbol of {e}?", """
+hydrogen=H|oxygen=O|carbon=C|nitrogen=N|gold=Au|silver=Ag|iron=Fe|copper=Cu|helium=He|sodium=Na|calcium=Ca|lead=Pb|zinc=Zn|aluminium=Al|sulfur=S|chlorine=Cl
+potassium=K|magnesium=Mg|phosphorus=P|silicon=Si|mercury=Hg|nickel=Ni|neon=Ne|fluorine=F|iodine=I|lithium=Li|argon=Ar|titanium=Ti|platinum=Pt|uranium=U|chromium=Cr|cobalt=Co
+tungsten=W|antimony=Sb|bismuth=Bi|cadmium=Cd|yttrium=Y|zirconium=Zr|niobium=Nb|rhodium=Rh|palladium=Pd|hafnium=Hf|osmium=Os|iridium=Ir|thallium=Tl|cerium=Ce|europium=Eu|selenium=Se
+tin=Sn|boron=B|barium=Ba|manganese=Mn|radium=Ra|strontium=Sr|krypton=Kr|thorium=Th"""),
+"author": ("The author of {e} is {v}.", "Who is the author of {e}?", """
+Hamlet=William Shakespeare|Pride and Prejudice=Jane Austen|Moby-Dick=Herman Melville|Oliver Twist=Charles Dickens|Frankenstein=Mary Shelley|Dracula=Bram Stoker|War and Peace=Leo Tolstoy|Crime and Punishment=Fyodor Dostoevsky|Don Quixote=Miguel de Cervantes|Treasure Island=Robert Louis Stevenson|The Time Machine=H. G. Wells|The Raven=Edgar Allan Poe|The Odyssey=Homer|On the Origin of Species=Charles Darwin|The Divine Comedy=Dante Alighieri|Adventures of Huckleberry Finn=Mark Twain
+Candide=Voltaire|Madame Bovary=Gustave Flaubert|Walden=Henry David Thoreau|The Scarlet Letter=Nathaniel Hawthorne|Leaves of Grass=Walt Whitman|Paradise Lost=John Milton|Gulliver's Travels=Jonathan Swift|Robinson Crusoe=Daniel Defoe|Ivanhoe=Walter Scott|Middlemarch=George Eliot|The Jungle Book=Rudyard Kipling|Heart of Darkness=Joseph Conrad|The Three Musketeers=Alexandre Dumas|Little Women=Louisa May Alcott|The Canterbury Tales=Geoffrey Chaucer|The Importance of Being Earnest=Oscar Wilde
+Erewhon=Samuel Butler|Oblomov=Ivan Goncharov|Tristram Shandy=Laurence Sterne|The Moonstone=Wilkie Collins|Fathers and Sons=Ivan Turgenev|Barchester Towers=Anthony Trollope|Volpone=Ben Jonson|Hedda Gabler=Henrik Ibsen|Effi Briest=Theodor Fontane|The Castle of Otranto=Horace Walpole|Vathek=William Beckford|Cranford=Elizabeth Gaskell|The Way of the World=William Congreve|The Vicar of Wakefield=Oliver Goldsmith|The Betrothed=Alessandro Manzoni|Pan Tadeusz=Adam Mickiewicz
+The Aeneid=Virgil|Dead Souls=Nikolai Gogol|The Call of the Wild=Jack London|Doctor Faustus=Christopher Marlowe|Peter Pan=J. M. Barrie|Tom Jones=Henry Fielding|Vanity Fair=William Makepeace Thackeray|Sybil=Benjamin Disraeli"""),
+"language": ("The language of {e} is {v}.", "What is the language of {e}?", """
+France=French|Germany=German|Italy=Italian|Spain=Spanish|Russia=Russian|Japan=Japanese|Greece=Greek|Turkey=Turkish|Brazil=Portuguese|Mexico=Spanish|Egypt=Arabic|Australia=English|Israel=Hebrew|Austria=German|Argentina=Spanish|Poland=Polish
+Iran=Persian|Denmark=Danish|Hungary=Hungarian|Finland=Finnish|Thailand=Thai|Cuba=Spanish|Jamaica=English|Iraq=Arabic|Ukraine=Ukrainian|Bulgaria=Bulgarian|Romania=Romanian|Vietnam=Vietnamese|Chile=Spanish|Norway=Norwegian|Syria=Arabic|Venezuela=Spanish
+Angola=Portuguese|Mozambique=Portuguese|Suriname=Dutch|Bangladesh=Bengali|Cambodia=Khmer|Ethiopia=Amharic|Bhutan=Dzongkha|Armenia=Armenian|Laos=Lao|Senegal=French|Guyana=English|Liechtenstein=German|Iceland=Icelandic|Nepal=Nepali|San Marino=Italian|Equatorial Guinea=Spanish
+Sweden=Swedish|Colombia=Spanish|Algeria=Arabic|Portugal=Portuguese|Lithuania=Lithuanian|Albania=Albanian|Monaco=French|Jordan=Arabic"""),
+}
+
+def _facts(relation:str) -> list: # of four lists of (subject, value): common, middle, rare, examples
+    return [[tuple(f.split("=")) for f in row.split("|")] for row in _world[relation][2].strip().split("\n")]
+
+# %% ../nbs/07_tasks.ipynb #760ec16a
+_tiers = "common", "middle", "rare"
+
+def _line(relation:str, subject:str, value:str, family:str, stratum:str, context:str|None=None) -> Item:
+    "A question about a fact of the world; after one sentence with another value, where there is a context."
+    statement, question, _ = _world[relation]
+    values = dict.fromkeys(v for row in _facts(relation) for _, v in row)
+    before = f"{statement.format(e=subject, v=context)}\n" if context else ""
+    return Item(family, stratum, f"{before}Question: {question.format(e=subject)}\nAnswer:", f" {context or value}\n", tuple(f" {v}\n" for v in values))
+
+def _opened(relation:str, facts:list, rng:Any) -> Items:
+    "Each fact after its sentence, true and counterfactual."
+    values, out = sorted({v for row in _facts(relation) for _, v in row}), Items()
+    for s, v in facts: out += [_line(relation, s, v, "open-book", k, c) for k, c in (("true", v), ("counterfactual", _draw(rng, [x for x in values if x != v])))]
+    return out
+
+# %% ../nbs/07_tasks.ipynb #c586972a
+def _world_facts(n:int, shots:int, rng:Any, seed:int) -> tuple: # (closed-book, open-book)
+    "n of each tier, relations in equal parts; the open-book ones of all tiers."
+    closed, opened = Items(), Items()
+    for k, r in enumerate(_world):
+        *tiers, shown = _facts(r); size = n//len(_world) + (k < n % len(_world))
+        tiers = [[row[i] for i in rng.permutation(len(row))[:size]] for row in tiers]
+        examples = Items(_line(r, s, v, "closed-book", "") for s, v in shown)
+        closed += few_shot((_line(r, s, v, "closed-book", t) for t, row in zip(_tiers, tiers) for s, v in row), examples, shots, "", seed=seed)
+        mixed = [f for fs in zip_longest(*tiers) for f in fs if f][:size]
+        both = [it for i, it in enumerate(_opened(r, shown, rng)) if i % 2 == i//2 % 2]                    # each subject once, true and false in turns
+        opened += few_shot(_opened(r, mixed, rng), both, shots, "", seed=seed)
+    return closed, opened
+
+# %% ../nbs/07_tasks.ipynb #f3ac5667
+def _carries(a:int, op:str, b:int) -> bool:
+    "Is a digit carried or borrowed anywhere, out of the highest place too?"
+    return any((a % m + b % m >= m) if op == "+" else (a % m < b % m) for m in (10, 100, 1000))
+
+def _plain_sums(digits:int, op:str, carry:bool|None, n:int, rng:Any) -> Items:
+    "n different sums of two numbers of so many digits, none with its operands exchanged; carry None: with and without."
+    low, out, name = 10**(digits - 1) if digits > 1 else 0, {}, f"{digits}-digit {op}{' carry' if carry else ''}"
+    for _ in range(200*n):
+        if len(out) == n: break
+        a, b = (int(x) for x in rng.integers(low, 10**digits, 2))
+        if (op == "+" or a >= b) and (b, a) not in out and carry in (None, _carries(a, op, b)): out[a, b] = Item("arithmetic", name, f"{a} {op} {b} =", f" {a + b if op == '+' else a - b}\n")
+    if len(out) < n: raise ValueError(f"n={n}: only {len(out)} different sums of the kind {name!r} were found. Ask for fewer.")
+    return Items(out.values())
+
+# %% ../nbs/07_tasks.ipynb #80c9f00d
+def _with_examples(items:Items, n:int, shots:int, seed:int) -> Items:
+    "The first n as questions, with examples from the rest."
+    return few_shot(items[:n], items[n:], shots, "", seed=seed)
+
+def _world_sums(n:int, shots:int, rng:Any, seed:int) -> Items:
+    out = Items()
+    for digits, op, carry in product((1, 2, 3), "+-", (False, True)):
+        if digits > 1 or not carry: out += _with_examples(_plain_sums(digits, op, carry if digits > 1 else None, n + shots, rng), n, shots, seed)
+    return out
+
+def _own_line(it:Item) -> Item:
+    "An item of the playground with question and answer on lines of their own."
+    end = lambda s: s.removesuffix(".") + "\n"
+    return replace(it, prompt=it.prompt.replace(" Question: ", "\nQuestion: ").replace(" Answer:", "\nAnswer:"), answer=end(it.answer), choices=tuple(map(end, it.choices)))
+
+def _world_logic(n:int, shots:int, rng:Any, seed:int) -> Items:
+    "The boolean expressions and deductions of above, on lines of their own."
+    out, total = Items(), 2*math.ceil((n + shots + 1)/2)
+    for k, make in enumerate((_booleans, _one_rule, _two_rules)):
+        found = _held_out(make(rng, 40*total, seed + 1 + k), total); yes = found[0].answer
+        pairs = zip(*([it for it in found if (it.answer == yes) == same] for same in (True, False)))     # so that any first n are balanced
+        out += _with_examples(Items(_own_line(it) for pair in pairs for it in pair), n, shots, seed)
+    return out
+
+# %% ../nbs/07_tasks.ipynb #0feca137
+def world_items(
+    seed:int=0, # of everything
+    n:int=40, # questions of a stratum; of facts there are 64 a tier, of sums no more than 40 are drawn
+    shots:int=5, # examples in front of each question
+) -> Items:
+    "Closed-book and open-book facts of the world, sums, and logic, for any model: with examples in front, and answers that end with their line."
+    _whole(seed=seed, n=n, shots=shots)
+    if n < 1 or shots > 8: raise ValueError(f"n={n}, shots={shots}: at least one question, and at most 8 examples.")
+    rng = np.random.default_rng(seed)
+    closed, opened = _world_facts(n, shots, rng, seed)
+    return closed + opened + _world_sums(min(n, 40), shots, rng, seed) + _world_logic(n, shots, rng, seed)
+
+# %% ../nbs/07_tasks.ipynb #dfc83724
+@dataclass
+class Askable:
+    "Questions that can be asked, and those that cannot, with the reason. Prints both."
+    items: Items
+    refused: list # of dicts: index, family, stratum, reason
+    def __repr__(self) -> str:
+        n, example = Counter((r["family"], r["stratum"]) for r in self.refused), {(r["family"], r["stratum"]): r["reason"] for r in reversed(self.refused)}
+        return "\n".join([f"{len(self.items)} of {len(self.items) + len(self.refused)} questions can be asked"] + [f"  {f}, {s}: {k} cannot, for example because {example[f, s]}" for (f, s), k in n.items()])
+
+# %% ../nbs/07_tasks.ipynb #0b412227
+def askable(
+    model:nn.Module|None, # a causal language model; None: only its tokenizer is looked at
+    tokenizer:Any, # its tokenizer
+    items:Iterable[Item], # questions
+    choices:bool=True, # must all choices be writable too?
+) -> Askable:
+    "Sort out the questions that a tokenizer cannot write (unknown tokens, text that comes back changed, choices that look alike), or that are beyond the model's context or vocabulary."
+    items = [items] if isinstance(items, Item) else list(items)
+    out = Askable(Items(), [])
+    for i, it, p, conts, special in _asked(tokenizer, items, choices):
+        if i is None: break                                                                      # the unconditional prompts come last
+        try: _check_asked(model, tokenizer, it, p, conts, special, "here"); out.items.append(it)
+        except ValueError as e: out.refused.append(dict(index=i, family=it.family, stratum=it.stratum, reason=str(e).removeprefix("here: ").split(". Leave such")[0]))
+    return out
+
+# %% ../nbs/07_tasks.ipynb #2dc7df24
+def to_lm_eval(
+    model:nn.Module, # a causal language model of transformers, edited or not
+    tokenizer:Any, # its tokenizer, of transformers; the harness gets a copy, to which it may give a padding token
+    batch_size:int=16, # rows a pass
+    **kw:Any, # for lm_eval.models.huggingface.HFLM, such as add_bos_token
+) -> Any: # HFLM
+    "The live model as lm-evaluation-harness wants it: no copy, in eval mode from now on. ImportError without the package."
+    _check_model(model)
+    if not hasattr(tokenizer, "batch_decode"): raise TypeError(f"lm-evaluation-harness needs a tokenizer of transformers, not {type(tokenizer).__name__}.")
+    try: from lm_eval.models.huggingface import HFLM
+    except ImportError as e: raise ImportError('lm-evaluation-harness is missing: pip install "curvtools[lm-eval]"') from e
+    return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, **kw)
 
 # %% ../nbs/07_tasks.ipynb #6a867f9c
 def save_items(

@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 from .data import Passage, Passages, Windows, load_passages, save_passages
 from .decompose import Basis
 from .edit import Edit, planned
+from .evaluate import halves
 from .kfac import Factors, collect
-from .tasks import RELATIONS, Items, answers, ask, families, load_items, open_book_texts, save_items
+from .tasks import RELATIONS, Items, answers, ask, bootstrap_ratio, families, load_items, open_book_texts, save_items
 from .vision import Gate, Gates, _adamw, _print, _rate_at, _resume, _save_checkpoint, _share, _write_notes
 
 # %% ../nbs/13_zoo.ipynb #27ea59dc
@@ -48,6 +49,10 @@ class Playground:
     log: list = field(default_factory=list) # how training went: a dict for every evaluation
     def factors(self, **kw) -> Factors: return collect(self.model, self.clean, **(dict(progress=False) | self.plan.get("collect", {}) | kw)) # from the clean text
     def edit(self, basis:Basis|None=None) -> Edit: return planned(self.factors().eigen(self.model, progress=False) if basis is None else basis, self.plan) # of the plan
+    def yardstick(self, seed:int=0) -> dict: # arguments of `readout` and `sweep`
+        "What states of this model are measured with: half of the passages seen 64 times or more, to choose on; the other half, to report; those never seen; held-out text; questions."
+        a, b = halves(self.memorized.where(min_tier=64), seed)
+        return dict(passages=dict(memorized=a, other_half=b, unseen=self.unseen), windows=dict(heldout=self.heldout), items=self.tasks, tokenizer=self.tokenizer)
     def _lines(self) -> list:
         m, c, n = self.model, self.model.config, Counter(it.family for it in self.tasks)
         return [("model", f"{type(m).__name__}, {sum(p.numel() for p in m.parameters())/1e6:.2f} M parameters: {c.num_hidden_layers} blocks, "
@@ -271,10 +276,7 @@ def kept_share(
     seed:int=0, # of the lot
 ) -> tuple: # (share kept, low, high)
     "sum(after)/sum(before) with its paired bootstrap interval of 95 %; NaN where nothing was right before."
-    a, b = after.double(), before.double()
-    pick = torch.randint(len(a), (draws, len(a)), generator=torch.Generator().manual_seed(seed))       # [draws, N]
-    a_, b_ = a[pick].sum(1), b[pick].sum(1); r = torch.where(b_ > 0, a_/b_, math.nan)                  # [draws]
-    return (a.sum()/b.sum()).item(), *(torch.nanquantile(r, q).item() for q in (.025, .975))
+    return bootstrap_ratio(after.double(), before.double(), draws=draws, seed=seed)
 
 # %% ../nbs/13_zoo.ipynb #96963c48
 def behaviours(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from curvtools.data import Passage
 from curvtools.decompose import Eigen, staircase
-from curvtools.plots import diff_html, img, kept_region, mass_curve, png, side_by_side, spectrum, token_marks, token_strip, token_texts, tradeoff
+from curvtools.plots import block_map, diff_html, forest, frontier, img, kept_region, mass_curve, png, side_by_side, spectrum, token_marks, token_strip, token_texts, tradeoff
 from curvtools.targets import Target
 
 
@@ -167,3 +167,27 @@ def test_side_by_side_tells_before_from_after():
     assert "<b>" not in s and H.escape("<b>") in s
     assert "true: &#x27; not&#x27;" in s                         # what it should have been, on hover and focus
     assert side_by_side(tok, p, (2, 3, 0)).count("tabindex") == 8 and diff_html(tok, p, (2,)).count("tabindex") == 1
+
+
+def sweep_rows():
+    cell = lambda m, c, k, s, p: {"method": m, "strength": .9, "control": c, "change": k, "s.strict": s, "s.strict_low": s - .01, "s.strict_high": s + .01, "w.ppl_ratio": p, "w.ppl_ratio_low": p - .01, "w.ppl_ratio_high": p + .01}
+    return [dict(cell("unedited", False, 0, .9, 1.), strength=None), cell("K-FAC", False, 2, .1, 1.1), cell("K-FAC", False, 1, .5, 1.02), cell("SVD", False, 1, .6, 1.2), cell("chance", True, 1, .2, 1.5)]
+
+def test_frontier_draws_each_method_in_the_order_of_its_change_and_the_reference_everywhere():
+    fig = frontier(sweep_rows(), "s.strict", "w.ppl_ratio")
+    a, b = fig.axes
+    own = [next(l for l in ax.lines if l.get_label() == "K-FAC") for ax in (a, b)]
+    assert [list(l.get_xdata()) for l in own] == [[.5, .1]]*2 and list(own[0].get_ydata()) == [1.02, 1.1]
+    assert "chance (control)" in [l.get_label() for l in b.lines] and "SVD" not in [l.get_label() for l in b.lines]
+    assert a.get_xlabel() == "strict recitation, s" and "perplexity" in a.get_ylabel() and len(png(fig)) < 120_000
+
+def test_forest_shows_values_intervals_and_what_was_not_reached():
+    nan = float("nan")
+    fig = forest([dict(method="K-FAC", control=False, x=(1., .9, 1.2)), dict(method="chance", control=True, x=(nan, nan, nan))])
+    ax, = fig.axes
+    assert any(list(l.get_xdata()) == [.9, 1.2] for l in ax.lines) and [t.get_text() for t in ax.texts] == ["not reached"]
+    with pytest.raises(ValueError, match="nothing to draw"): forest([])
+
+def test_block_map_writes_its_numbers():
+    fig = block_map([dict(block=b, projection=p, ratio=b + .5) for b in (0, 3) for p in ("q", "up")])
+    assert [t.get_text() for t in fig.axes[0].texts] == ["0.5", "0.5", "3.5", "3.5"] and len(png(fig)) < 60_000

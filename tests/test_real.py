@@ -118,3 +118,21 @@ def test_the_command_reads_gguf(gguf, smol, english, tmp_path, capsys, monkeypat
     (text := tmp_path/"t.txt").write_text((Path(__file__).parents[1]/"LICENSE").read_text())
     assert main(["evaluate", str(gguf), "--text", str(text), "--tokens", "512"]) == 0
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_it_is_asked_about_the_world(smol):
+    "A tokenizer and a model that nobody here made: all questions can be asked, and answers are those of generation and of plain sums."
+    from curvtools.tasks import askable, respond, world_items
+    model, tokenizer = smol
+    assert not askable(model, tokenizer, world_items()).refused
+    items = world_items(n=4, shots=2)
+    some = items.where("closed-book", "common") + items.where("arithmetic", "1-digit +") + items.where("logic", "one rule")
+    r = respond(model, tokenizer, some, progress=False)
+    for k, it in enumerate(some):
+        p, whole = tokenizer(it.prompt)["input_ids"], tokenizer(it.prompt + it.answer)["input_ids"]
+        assert whole[:len(p)] == p and r.tokens[k] == len(whole) - len(p)
+        with torch.no_grad(): logp = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        assert r.loss[k].item() == pytest.approx(-sum(logp[i - 1, whole[i]].item() for i in range(len(p), len(whole))), abs=1e-3)
+        out = model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.long), max_new_tokens=len(whole) - len(p), do_sample=False)[0].tolist()
+        assert r.right[k].item() == (out == whole)
+    print(r)

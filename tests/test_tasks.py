@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import curvtools.tasks as tasks
 from curvtools.recite import wilson
-from curvtools.tasks import (RELATIONS, Fact, Item, Items, Score, Scores, answers, ask, closed_book, fact_texts, families, invented_facts, invented_names,
-                             load_items, logic, open_book, open_book_texts, save_items, sums)
+from curvtools.tasks import (RELATIONS, Fact, Item, Items, Responses, Score, Scores, answers, ask, askable, bootstrap_ratio, closed_book, fact_texts, families, few_shot,
+                             invented_facts, invented_names, load_items, logic, open_book, open_book_texts, respond, retention, save_items, sums, to_lm_eval, world_items)
 
 
 @pytest.fixture(scope="module")
@@ -316,10 +317,287 @@ def test_what_cannot_be_asked():
     with pytest.raises(ValueError, match=r"Question 1 .*prompt 47 \+ answer 2 = 49 tokens.*context is 48"): answers(model, byte_tokenizer, [it, Item("a", "b", "9"*47, "7.")])
     with pytest.raises(ValueError, match="id 195 is beyond the model's vocabulary of 128"): answers(model, byte_tokenizer, [Item("a", "b", "é=", "7.")])
     with pytest.raises(ValueError, match="id 195 is beyond"): answers(model, byte_tokenizer, [Item("a", "b", "e=", "é.")])
-    with pytest.raises(ValueError, match="no token for the answer '7.'"): answers(model, lambda s, **kw: dict(input_ids=[5]*(len(s) - 2)), [it])
+    with pytest.raises(ValueError, match="no token for the answer '7.'"): answers(model, lambda s, **kw: dict(input_ids=[5]*min(len(s), 4)), [it])
     with pytest.raises(ValueError, match="no token for the prompt '3"): answers(model, lambda s, **kw: dict(input_ids=[5]*(len(s) == 2)), [it])
     with pytest.raises(ValueError, match="batch_size=0"): answers(model, byte_tokenizer, [it], batch_size=0)
     with pytest.raises(TypeError, match="tokenizer is needed"): answers(model, "gpt2", [it])
     with pytest.raises(TypeError, match="loaded model"): answers("gpt2", byte_tokenizer, [it])
     with torch.no_grad(): model.lm_head.weight[7] = float("nan")
     with pytest.raises(RuntimeError, match="not finite"): answers(model, byte_tokenizer, [it])
+
+
+# loss and ranked choice
+
+class Bytes:
+    "A tokenizer of bytes, with what a transformers tokenizer may do: a BOS in front, an EOS behind, and, where asked, tokens that go over the border."
+    unk_token_id = None
+    def __init__(self, bos=(), eos=(), merges=None): self.bos, self.eos, self.merges = list(bos), list(eos), merges or {}
+    def __call__(self, text, add_special_tokens=True, **kw):
+        ids = list(text.encode())
+        for pair, new in self.merges.items():
+            out = []
+            for i in ids: out = out[:-1] + [new] if out and (out[-1], i) == pair else out + [i]
+            ids = out
+        return dict(input_ids=self.bos*add_special_tokens + ids + self.eos*add_special_tokens)
+
+
+def logp_of(model, ids, start):
+    "Sum of log-probabilities of ids[start:], one row, no cache."
+    with torch.no_grad(): x = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(x[k - 1, ids[k]].item() for k in range(start, len(ids)))
+
+
+def quiz(header=""):
+    "Questions with several answers of different lengths, some of them asked twice, one without choices."
+    cs = ("7.", "12.", "a lot.", "1.")
+    its = [Item("arithmetic", "two" if a % 2 else "one", f"{header}{a}+{b}=", cs[(a + b) % 4], cs, a) for a in (1, 2, 13) for b in (4, 5)]
+    return Items(its + its[:1] + [Item("arithmetic", "none", f"{header}8+9=", "17.")])
+
+
+def best(it, scores): return float(it.choices[int(np.argmax(scores))] == it.answer)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("header", ["", "1+2=3.\n5+5=10.\n7+7=14.\n8+1=9.\n6+2=8.\n3+6=9.\n4+4=8.\n"], ids=["short", "long"])
+def test_respond_against_one_row_at_a_time(make, header):
+    model = make(**(dict(max_position_embeddings=128) if make is llama else {})) if make is llama else GPT2LMHeadModel(GPT2Config(
+        vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=None, eos_token_id=None, initializer_range=.3)).eval()
+    with torch.no_grad(): [p.mul_(4) for n, p in model.named_parameters() if p.ndim == 2]             # far from uniform
+    tok, items = Bytes(bos=[1], eos=[2]), quiz(header)
+    assert (len(header) > 48) == bool(header)
+    logp = lambda prompt, a: logp_of(model, [1, *(prompt + a).encode()], 1 + len(prompt))
+    r = respond(model, tok, items, unconditional="A:", progress=False)
+    assert r.loss.tolist() == pytest.approx([-logp(it.prompt, it.answer) for it in items], abs=1e-4) and r.tokens.tolist() == [len(it.answer) for it in items]
+    assert r.loss.dtype == torch.float64 and r.right.dtype == torch.bool and r.chance.tolist() == [.25]*7 + [0]
+    for k, it in enumerate(items[:-1]):
+        own, bare = (np.array([logp(p, c) for c in it.choices]) for p in (it.prompt, "A:"))
+        want = dict(sum=best(it, own), char=best(it, own/[len(c) for c in it.choices]), pmi=best(it, own - bare))
+        assert {n: v[k].item() for n, v in r.ranked.items()} == want, it
+    assert all(v[-1].isnan() for v in r.ranked.values())
+    assert len({tuple(v.tolist()[:-1]) for v in r.ranked.values()}) > 1, "the three ways differ here"
+    for b in (1, 3):
+        other = respond(model, tok, items[::-1], batch_size=b, unconditional="A:", progress=False)
+        assert other.right.flip(0).tolist() == r.right.tolist() and other.loss.flip(0).tolist() == pytest.approx(r.loss.tolist(), abs=1e-4)
+        assert all(torch.equal(other.ranked[n].flip(0)[:-1], r.ranked[n][:-1]) for n in r.ranked)
+    assert respond(model, tok, items, choices=False, progress=False).loss.tolist() == pytest.approx(r.loss.tolist(), abs=1e-4)
+
+
+def test_a_model_without_a_cache_to_share(monkeypatch):
+    model, items = llama(max_position_embeddings=128), quiz("1+2=3.\n"*8)
+    want = respond(model, Bytes(), items, progress=False)
+    monkeypatch.setattr(tasks, "_reusable", lambda cache: False)
+    r = respond(model, Bytes(), items, progress=False)
+    assert r.loss.tolist() == pytest.approx(want.loss.tolist(), abs=1e-4) and json.dumps(r.to_dict()["ranked"]) == json.dumps(want.to_dict()["ranked"])
+
+
+def test_each_question_is_read_once(monkeypatch):
+    model, fed = llama(max_position_embeddings=128), []
+    step = tasks._step
+    monkeypatch.setattr(tasks, "_step", lambda m, ids, *a, **kw: fed.append(ids.numel()) or step(m, ids, *a, **kw))
+    items = quiz("1+2=3.\n"*8)
+    respond(model, Bytes(), items, choices=False, progress=False)
+    head = len("1+2=3.\n"*8)
+    assert fed[0] == head and sum(fed) < head + 8*12, "the header goes through once"
+
+
+def test_tokens_that_go_over_the_border():
+    "'=7' is one token: the whole text's own tokens are scored, for all answers from the same place."
+    model, tok = llama(), Bytes(merges={(ord("="), ord("7")): 3})
+    it = Item("a", "b", "3+4=", "7.", ("7.", "8."))
+    r = respond(model, tok, [it], progress=False, unconditional="A:")
+    three, eight = [*b"3+4", 3, ord(".")], [*b"3+4=8."]
+    assert r.loss.item() == pytest.approx(-logp_of(model, three, 3), abs=1e-4) and r.tokens.item() == 2
+    assert r.ranked["sum"].item() == float(logp_of(model, three, 3) > logp_of(model, eight, 3))
+
+
+def test_equal_scores_share_the_point():
+    it = Item("a", "b", "x", " 1.", (" 1.", " 2.", " 3.", " 4."))
+    assert [tasks._ranked(it, s) for s in ([-1, -2, -3, -4], [-2, -1, -3, -4], [-1, -1, -3, -4], [-1]*4)] == [1, 0, .5, .25]
+
+
+def test_responses_travel_as_json():
+    r = respond(llama(), byte_tokenizer, quiz(), progress=False)
+    back = Responses.from_dict(json.loads(json.dumps(r.to_dict(), allow_nan=False)))
+    assert back.to_dict() == r.to_dict() and back.where(stratum="one").to_dict() == r.where(stratum="one").to_dict() and len(r.where("arithmetic", tier=13)) == 2
+    assert [d["n"] for d in r.to_dicts()] == [5, 2, 1] and r.to_dicts()[-1]["sum"] is None and len(repr(r).splitlines()) == 4 and "<table>" in r._repr_html_()
+    assert r.to_dicts()[0]["loss_per_token"] == pytest.approx((r.loss[r.where(stratum="two").tokens.new_tensor([0, 1, 4, 5, 6])].sum()/r.tokens[[0, 1, 4, 5, 6]].sum()).item())
+    assert repr(respond(llama(), byte_tokenizer, [], progress=False)) == "Responses: no questions"
+    with pytest.raises(ValueError, match="loss missing"): Responses.from_dict({k: v for k, v in r.to_dict().items() if k != "loss"})
+    with pytest.raises(ValueError, match="different lengths"): Responses.from_dict(r.to_dict() | dict(tier=[1]))
+
+
+# retention
+
+def made(right, loss=None, choices=4, family="f", stratum="s", **ranked):
+    n = len(right)
+    return Responses.from_dict(dict(items=[str(i) for i in range(n)], family=[family]*n, stratum=[stratum]*n, tier=[0]*n, right=list(right), loss=list(loss if loss is not None else np.ones(n)),
+                                    tokens=[1]*n, chance=[1/choices if choices else 0.]*n, ranked=ranked))
+
+
+def test_retention_by_hand():
+    b, a = [True]*8 + [False]*2, [True]*5 + [False]*5
+    k = retention(made(b, np.full(10, .5)), made(a, np.linspace(.5, 1.4, 10)))[0]
+    assert k.share == pytest.approx((.5 - .25)/(.8 - .25)) and (k.before, k.after, k.chance, k.n) == (.8, .5, .25, 10) and k.low < k.share < k.high and k.measurable
+    assert k.loss_change == pytest.approx(.45) and k.loss_low < .45 < k.loss_high
+    assert retention(made(b, choices=0), made(a, choices=0))[0].share == pytest.approx(5/8)
+    same = retention(made(b), made(b))[0]
+    assert (same.share, same.low, same.high) == (1, 1, 1), "the same answers: no doubt, since both are resampled together"
+    t = retention(made(b, sum=[1.]*9 + [None]), made(a, sum=[1.]*6 + [0.]*3 + [None]), score="sum")
+    assert t[0].n == 9 and t[0].share == pytest.approx((6/9 - .25)/.75) and "highest log-probability;" in repr(t) and "<table>" in t._repr_html_()
+    assert t.family("f") is t[0] and json.dumps(t.to_dicts()) and t.to_dicts()[0]["share"] == t[0].share
+
+
+def test_bootstrap_by_brute_force():
+    rng = np.random.default_rng(0); b = rng.random(60) < .8; a = b & (rng.random(60) < .6)
+    _, low, high = bootstrap_ratio(a - .25, b - .25, draws=4000)
+    many = [(a[i] - .25).sum()/(b[i] - .25).sum() for i in (rng.integers(60, size=60) for _ in range(4000))]
+    assert (low, high) == pytest.approx(np.quantile(many, [.025, .975]), abs=.02)
+    assert bootstrap_ratio(a, b) == bootstrap_ratio(a, b) != bootstrap_ratio(a, b, seed=1)
+    assert bootstrap_ratio([1., 1.], [1., -1.])[2] == np.inf, "where the whole may be nothing the share has no upper end"
+    assert np.isnan(bootstrap_ratio([0, 0], [0, 0])).all()
+    for bad in (([], []), ([1.], [1., 2.])):
+        with pytest.raises(ValueError, match="bootstrap_ratio needs"): bootstrap_ratio(*bad)
+    with pytest.raises(ValueError, match="level=1"): bootstrap_ratio([1.], [1.], level=1)
+
+
+@pytest.mark.parametrize("n, known, kept, c", [(120, .6, .7, .25), (200, .4, .9, .5), (80, .9, .5, 0)])
+def test_coverage(n, known, kept, c):
+    "300 experiments with a known truth: 95 % of the intervals hold it, within 3 standard errors (.038)."
+    rng, hits = np.random.default_rng(1), []
+    for k in range(300):
+        knows = rng.random(n) < known; still = knows & (rng.random(n) < kept)
+        low, high = bootstrap_ratio((still | (rng.random(n) < c)) - c, (knows | (rng.random(n) < c)) - c, draws=400, seed=k)[1:]
+        hits.append(low <= kept <= high)
+    assert .912 <= np.mean(hits) <= .988
+
+
+def test_what_is_not_measurable():
+    coin = [True, False]*50
+    k = retention(made(coin, choices=2), made(coin, choices=2))[0]
+    assert not k.measurable and (k.share, k.low, k.high) == (None,)*3 and "within 2 SE (0.10" in k.why and k.before == .5 and "not measurable" in repr(retention(made(coin, choices=2), made(coin, choices=2)))
+    assert retention(made([True]*65 + [False]*35, choices=2), made(coin, choices=2))[0].measurable
+    assert not retention(made([False]*9, choices=0), made([False]*9, choices=0))[0].measurable
+    assert "1 question" in retention(made([True]), made([True]))[0].why
+    none = retention(made(coin, sum=[None]*100), made(coin, sum=[None]*100), score="sum")[0]
+    assert none.why == "not measurable: no choices to rank" and none.n == 0 and none.before is None and none.loss_change == 0
+
+
+def test_retention_refuses():
+    r = made([True, False])
+    with pytest.raises(ValueError, match=r"different questions \(2 and 3\)"): retention(r, made([True]*3))
+    with pytest.raises(ValueError, match="different questions"): retention(r, r._pick([1, 0]))
+    with pytest.raises(ValueError, match="by='tier'"): retention(r, r, by="tier")
+    with pytest.raises(ValueError, match="score='sum' must be"): retention(r, r, score="sum")
+    with pytest.raises(ValueError, match="no 'g'"): retention(r, r).family("g")
+    assert repr(retention(made([]), made([]))) == "Retention: no questions"
+    two = closed_book(invented_facts((0,), 2)); other = closed_book(invented_facts((0,), 2, seed=1))
+    long = llama(max_position_embeddings=128)
+    with pytest.raises(ValueError, match="different questions"): retention(*(respond(long, byte_tokenizer, x, choices=False) for x in (two, other)))
+
+
+# examples, and facts of the world
+
+def test_few_shot():
+    items = closed_book(invented_facts((0, 4), 16))
+    shown = few_shot(items, items, n=3, by="choices", seed=1)
+    heads = {}
+    for it, s in zip(items, shown):
+        *shots, last = s.prompt.split("\n")
+        assert last == it.prompt and len(shots) == 3 and not any(x.startswith(it.prompt) for x in shots) and (s.answer, s.choices, s.stratum) == (it.answer, it.choices, it.stratum)
+        assert len({x.split()[-1] for x in shots}) == 3, "no answer twice while there are others"
+        heads.setdefault(it.choices, []).append(tuple(shots))
+    for h in heads.values(): assert len(set(h)) <= 4 and max(Counter(h).values()) == 5, "8 questions: the 3 examples have another in their place"
+    assert few_shot(items, items, n=3, seed=1) == few_shot(items, items, n=3, seed=1) != few_shot(items, items, n=3, seed=2)
+    assert few_shot(items, [], n=0) == items
+    with pytest.raises(ValueError, match="5 examples are wanted .* only 3"): few_shot(items[:1], items[:4], n=5)
+    with pytest.raises(ValueError, match="only 0"): few_shot(items, logic((0, 0, 0), held=20)[1])
+    with pytest.raises(ValueError, match="n=-1"): few_shot(items, items, n=-1)
+
+
+def test_world_items():
+    items = world_items(3, n=12, shots=2)
+    assert items == world_items(3, n=12, shots=2) != world_items(4, n=12, shots=2) and len({it.prompt for it in items}) == len(items) == 18*12
+    assert Counter((it.family, it.stratum) for it in items).values() and set(Counter((it.family, it.stratum) for it in items).values()) == {12}
+    for it in items:
+        assert it.answer.startswith(" ") and it.answer.endswith("\n") and not it.prompt[-1].isspace()
+        last = it.prompt.split("\n")
+        if it.family == "open-book":
+            said = re.fullmatch(r"The (?:capital|chemical symbol|author|language) of .* is (.*)\.", last[-3]).group(1)
+            assert it.answer == f" {said}\n"
+        if it.family in ("closed-book", "open-book"): assert it.answer in it.choices and len(it.choices) == len(set(it.choices)) >= 35
+        if it.family == "arithmetic":
+            a, op, b = re.fullmatch(r"(\d+) ([+-]) (\d+) =", last[-1]).groups(); a_, b_ = int(a), int(b)
+            assert int(it.answer) == (a_ + b_ if op == "+" else a_ - b_) >= 0 and it.stratum.startswith(f"{max(len(a), len(b))}-digit {op}") and not it.choices
+            pairs = list(zip(reversed(a), reversed(b)))
+            carry = any(int(x) + int(y) + 0 > 9 for x, y in pairs) if op == "+" else any(int(x) < int(y) for x, y in pairs)
+            if it.stratum[0] != "1" and not it.stratum.endswith("carry"): assert not carry
+            if it.stratum.endswith("carry"): assert carry
+    true, false = items.where(stratum="true"), items.where(stratum="counterfactual")
+    for a, b in zip(true, false): assert a.prompt.split("\n")[-2:] == b.prompt.split("\n")[-2:] and a.answer != b.answer and a.prompt.split("\n")[:-3] == b.prompt.split("\n")[:-3]
+    assert len(world_items(n=64).where("closed-book")) == 192 == len(world_items(n=999, shots=0).where("closed-book"))
+    for kw in (dict(n=0), dict(shots=9), dict(n=2.5)):
+        with pytest.raises(ValueError): world_items(**kw)
+
+
+def test_facts_of_the_world_are_facts():
+    for name in tasks._world:
+        rows = tasks._facts(name); subjects = [s for row in rows for s, _ in row]
+        assert [len(r) for r in rows] == [16, 16, 16, 8] and len(set(subjects)) == 56 and all(s.strip() == s and v.strip() == v and s and v for row in rows for s, v in row)
+    symbols = dict(f for row in tasks._facts("symbol") for f in row)
+    assert symbols["tungsten"] == "W" and all(re.fullmatch("[A-Z][a-z]?", v) for v in symbols.values()) and len(set(symbols.values())) == 56
+
+
+# who cannot be asked
+
+class Broken(Bytes):
+    "Decodes; and loses what it is told to."
+    unk_token, unk_token_id = "<unk>", 4
+    def __init__(self, drop="", unk=""): super().__init__(); self.drop, self.unk = drop, unk
+    def one(self, text): return [4 if c in self.unk else b for c in text if c not in self.drop for b in c.encode()]
+    def __call__(self, text, **kw): return dict(input_ids=[self.one(t) for t in text] if isinstance(text, list) else self.one(text))
+    def decode(self, ids, **kw): return bytes(ids).decode()
+    def batch_decode(self, rows): return [self.decode(r) for r in rows]
+
+
+def test_askable():
+    model, items = llama(), Items([Item("arithmetic", "1-digit +", "3+4=", "7."), Item("logic", "boolean", "not True is", " False.", (" True.", " False."))])
+    assert askable(model, Broken(), items).items == items and askable(None, Broken(), items).refused == []
+    assert respond(model, Broken(), items, progress=False).right.shape == (2,)
+    found = askable(model, Broken(unk="0123456789"), items)
+    assert found.items == items[1:] and found.refused[0]["index"] == 0 and "no token for part of '3+4=7.'" in found.refused[0]["reason"] and "arithmetic, 1-digit +: 1 cannot" in repr(found)
+    with pytest.raises(ValueError, match=r"Question 0 \(arithmetic.*'<unk>' instead.*askable"): respond(model, Broken(unk="4"), items)
+    with pytest.raises(ValueError, match=r"Question 1 \(logic.*writes 'not True is False.' as 'not Tre is False.'"): respond(model, Broken(drop="u"), items)
+    same = Item("logic", "b", "x", " a.", (" a.", " b."))
+    with pytest.raises(ValueError, match="two of the choices .* alike"): respond(model, Bytes(merges={(32, ord("a")): 3, (32, ord("b")): 3}), [same])
+    assert len(askable(model, Broken(), [Item("a", "long", "9"*60, "1.")]).refused) == 1 and "context is 48" in askable(model, Broken(), [Item("a", "long", "9"*60, "1.")]).refused[0]["reason"]
+    with pytest.raises(TypeError, match="Question 0 is str"): askable(None, Broken(), ["x"])
+
+
+# lm-evaluation-harness
+
+@pytest.fixture(scope="module")
+def pg():
+    from curvtools.zoo import playground
+    return playground()
+
+
+def test_lm_eval_sees_the_live_model(pg):
+    from lm_eval.api.instance import Instance
+    before = pg.tokenizer.pad_token
+    lm = to_lm_eval(pg.model, pg.tokenizer, batch_size=4)
+    assert lm.model is pg.model and pg.tokenizer.pad_token == before and lm.tokenizer is not pg.tokenizer
+    items = pg.tasks[::301]
+    ask_them = lambda: lm.loglikelihood([Instance("loglikelihood", {}, (it.prompt, it.answer), 0) for it in items], disable_tqdm=True)
+    for _ in range(2):
+        r = respond(pg.model, pg.tokenizer, items, choices=False, progress=False)
+        assert [l for l, _ in ask_them()] == pytest.approx((-r.loss).tolist(), abs=1e-4) and [g for _, g in ask_them()] == r.right.tolist()
+        with torch.no_grad(): pg.model.model.layers[0].mlp.down_proj.weight.mul_(-1)                  # an edit, and back
+    assert abs(r.loss - respond(pg.model, pg.tokenizer, items, choices=False, progress=False).loss).max() > .1
+
+
+def test_lm_eval_missing(pg, monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
+    with pytest.raises(ImportError, match=r'pip install "curvtools\[lm-eval\]"'): to_lm_eval(pg.model, pg.tokenizer)
+    with pytest.raises(TypeError, match="loaded model"): to_lm_eval("gpt2", pg.tokenizer)
+    with pytest.raises(TypeError, match="tokenizer of transformers"): to_lm_eval(pg.model, byte_tokenizer)

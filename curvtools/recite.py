@@ -518,18 +518,43 @@ class Mined(Passages):
                 + (f"; {self.short:,} documents are too short" if self.short else ""))
 
 # %% ../nbs/05_recite.ipynb #d4e39f02
-def _check_mine(model:nn.Module, prefix:int, suffix:int, stride:int, min_right:float, batch_size:int):
+def _check_mine(model:nn.Module, prefix:int, suffix:int, stride:int, min_right:float, batch_size:int, bos:Any) -> tuple: # what is fed before every window
     "ValueError for what cannot be mined, before anything is read."
-    _check_model(model)
+    _check_model(model); front = _front(model, bos)
     for name, x in dict(prefix=prefix, suffix=suffix, stride=stride, batch_size=batch_size).items():
         if x < 1: raise ValueError(f"{name}={x} must be 1 or more.")
     if not 0 < min_right <= 1: raise ValueError(f"min_right={min_right} is a share of the suffix: above 0, at most 1.")
-    _check_fits(model, [0], prefix + suffix, f"prefix {prefix} + suffix {suffix}")
+    _check_fits(model, [0, *front], len(front) + prefix + suffix, f"{'BOS + ' if front else ''}prefix {prefix} + suffix {suffix}")
+    return front
+
+def _front(model:nn.Module, bos:Any) -> tuple: # (), or (BOS id,)
+    "What is fed before every window; ValueError where the model names no BOS."
+    if bos is None or bos is False: return ()
+    if bos is not True: return _id_tuple([bos], "BOS")
+    own = next((i for c in (getattr(model, "generation_config", None), _text_config(model)) if isinstance(i := getattr(c, "bos_token_id", None), int)), None)
+    if own is None: raise ValueError("bos=True, but the model's configuration names no BOS token: pass its id, such as bos=tokenizer.bos_token_id.")
+    return (own,)
 
 def _how_many(source:Any, total:int, stride:int) -> int|None: # windows, where that is known before reading
     ids = source.ids if isinstance(source, Windows) else source
     if not isinstance(ids, Tensor): return None
     return (1 if ids.ndim == 1 else len(ids))*max(0, (ids.shape[-1] - total)//stride + 1)
+
+# %% ../nbs/05_recite.ipynb #b3d9e4f1
+def _mine_windows(model:nn.Module, batch:list, front:tuple, cut:tuple, need:int, size:int) -> list: # (Passage, dict of scores) of each find
+    "One batch of (document, start, window)."
+    P, L = cut
+    ids = torch.stack([w for _, _, w in batch])                                                           # [B, P+L]
+    _check_fits(model, [int(ids.max())], P + L, f"Document {batch[0][0]} or a later one: a window")
+    ids = torch.cat([torch.tensor([front]*len(ids)), ids], 1) if front else ids                           # [B, 1+P+L] with BOS
+    hits = _mine_batch(model, ids.to(model.device), L, _eos_ids(model), need, size)
+    return [(Passage(ids[b, :-L], ids[b, -L:], label=f"{batch[b][0]}:{batch[b][1]}", kind="mined"), dict(document=batch[b][0], start=batch[b][1], **score)) for b, score in hits]
+
+def _mined(done:list, sizes:list, cut:tuple, stride:int, min_right:float) -> Mined|None:
+    "All that the batches gave, (windows, finds) each; None where there was none yet."
+    hits, scanned = [h for _, found in done for h in found], sum(n for n, _ in done)
+    if not scanned: return None
+    return Mined([p for p, _ in hits], [dict(index=i, **r) for i, (_, r) in enumerate(hits)], scanned, max(1., scanned*min(1, stride/cut[1])), sum(n < sum(cut) for n in sizes), cut, min_right)
 
 # %% ../nbs/05_recite.ipynb #7e5616b2
 def mine(
@@ -543,27 +568,27 @@ def mine(
     batch_size:int=32, # windows run at once, always in one shape
     max_windows:int|None=None, # look at no more; needed for endless streams
     text_field:str="text", # the column of a data set that holds the text
+    bos:Any=False, # True: the model's BOS before every window; or the id of one. Every prefix that is found begins with it, and is one longer
     progress:bool=True, # a bar, if it takes more than two seconds
 ) -> Mined: # Passages, with scores
     """Windows of a text that the model recites, by one teacher-forced pass, EOS suppressed (the mining rule of the paper, App. B); in the order of the text, each labelled document:start.
-    ValueError for sizes below 1 or beyond the context, ids beyond the vocabulary, and when no document has room for one window; RuntimeError for logits that are not finite."""
+    ValueError for sizes below 1 or beyond the context, ids beyond the vocabulary, and when no document has room for one window; RuntimeError for logits that are not finite. Ctrl-C, or any error on the way, carries what was found so far as `.partial`."""
     stride = suffix if stride is None else stride
-    _check_mine(model, prefix, suffix, stride, min_right, batch_size)
-    total, need, banned, sizes = prefix + suffix, math.ceil(min_right*suffix - 1e-9), _eos_ids(model), []
-    cuts = itertools.islice(_cuts(_id_rows(source, tokenizer, text_field), total, stride, sizes), max_windows)
-    known, found, rows, scanned = _how_many(source, total, stride), [], [], 0
+    front = _check_mine(model, prefix, suffix, stride, min_right, batch_size, bos)
+    cut, need, sizes, done = (prefix, suffix), math.ceil(min_right*suffix - 1e-9), [], []
+    cuts = itertools.islice(_cuts(_id_rows(source, tokenizer, text_field), sum(cut), stride, sizes), max_windows)
+    known = _how_many(source, sum(cut), stride)
     if max_windows is not None: known = min(max_windows, known or max_windows)
-    with _measuring(model), tqdm(total=known, desc="mine", unit="window", disable=not progress, delay=2, leave=False) as bar:
-        for batch in _batched(cuts, batch_size):
-            ids = torch.stack([w for _, _, w in batch])                                                   # [B, P+L]
-            _check_fits(model, [int(ids.max())], total, f"Document {batch[0][0]} or a later one: a window")
-            for b, score in _mine_batch(model, ids.to(model.device), suffix, banned, need, batch_size):
-                d, at, w = batch[b]
-                found.append(Passage(w[:prefix], w[prefix:], label=f"{d}:{at}", kind="mined")); rows.append(dict(index=len(rows), document=d, start=at, **score))
-            scanned += len(batch); bar.update(len(batch)); bar.set_postfix(found=len(found), refresh=False)
+    finish = lambda: _mined(done, sizes, cut, stride, min_right)
+    try:
+        with _measuring(model), tqdm(total=known, desc="mine", unit="window", disable=not progress, delay=2, leave=False) as bar:
+            for batch in _batched(cuts, batch_size):
+                done.append((len(batch), _mine_windows(model, batch, front, cut, need, batch_size)))           # in one step: nothing is half done
+                bar.update(len(batch)); bar.set_postfix(found=sum(len(x) for _, x in done), refresh=False)
+    except BaseException as e: e.partial = finish(); raise
     if not sizes: raise ValueError("There is nothing to mine: the data is empty.")
-    if not scanned: raise ValueError(f"No document has room for prefix {prefix} + suffix {suffix} = {total} tokens: the longest of {len(sizes)} has {max(sizes)}. Lower prefix= or suffix=.")
-    return Mined(found, rows, scanned, max(1., scanned*min(1, stride/suffix)), sum(n < total for n in sizes), (prefix, suffix), min_right)
+    if not done: raise ValueError(f"No document has room for prefix {prefix} + suffix {suffix} = {sum(cut)} tokens: the longest of {len(sizes)} has {max(sizes)}. Lower prefix= or suffix=.")
+    return finish()
 
 # %% ../nbs/05_recite.ipynb #869e39d6
 def _grams(ids:Iterable[int], n:int=5) -> frozenset:

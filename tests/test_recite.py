@@ -650,11 +650,57 @@ def test_mining_and_eos(learned):
     finally: model.generation_config.eos_token_id = None
 
 
+def test_mining_with_bos(learned):
+    "The id stands before every window and in what is found; against the argmax of each window alone, and asked again with recite."
+    model, ps = learned
+    docs = [p.ids for p in ps]
+    ids = torch.tensor([(5, *p.ids) for p in ps])
+    with torch.no_grad(): right = (model(ids).logits[:, 7:-1].argmax(-1) == ids[:, 8:]).sum(1)
+    for share in (1/9, .5):
+        m = mine(model, docs, prefix=7, suffix=9, bos=5, min_right=share, batch_size=3)
+        assert [(r["document"], r["right"]) for r in m.rows] == [(i, n) for i, n in enumerate(right.tolist()) if n >= 9*share] and len(m)
+        assert all(p.prefix == (5, *ps[r["document"]].prefix) and p.suffix == ps[r["document"]].suffix for p, r in zip(m, m.rows))
+        assert [r["right"] for r in recite(model, m, generate=False).rows] == [r["right"] for r in m.rows]
+    try:
+        model.generation_config.bos_token_id = 5
+        assert list(mine(model, docs, prefix=7, suffix=9, bos=True, min_right=.5)) == list(m)
+    finally: model.generation_config.bos_token_id = None
+    for bos in (False, None): assert list(mine(model, docs, prefix=7, suffix=9, bos=bos)) == list(mine(model, docs, prefix=7, suffix=9))
+    zero = mine(model, docs, prefix=7, suffix=9, bos=0, min_right=1/9)
+    assert len(zero) and all(p.prefix[0] == 0 and len(p.prefix) == 8 for p in zero)     # id 0 is an id, not "no"
+
+
+def test_mining_keeps_what_was_found(learned):
+    "Ctrl-C in the data or inside the model, and a stream that breaks: what whole batches gave is there, and the model is as it was."
+    model, ps = learned
+    def stream(e):
+        for p in ps[:5]: yield list(p.ids)
+        raise e
+    kw = dict(prefix=7, suffix=9, batch_size=2)
+    for error in (KeyboardInterrupt(), OSError("the line is dead")):
+        with pytest.raises(type(error)) as e: mine(model, stream(error), **kw)
+        part = e.value.partial
+        assert isinstance(part, Mined) and part.scanned == 4 and part.rate == 1 and list(part) == list(mine(model, [p.ids for p in ps[:4]], **kw))
+    calls = []
+    def strike(m, args, out):
+        calls.append(0)
+        if len(calls) == 3: raise KeyboardInterrupt
+    h = model.train().register_forward_hook(strike)
+    try:
+        with pytest.raises(KeyboardInterrupt) as e: mine(model, [p.ids for p in ps], **kw)
+        assert e.value.partial.scanned == 4 and all(m.training for m in model.modules())
+        calls[:] = [0, 0]
+        with pytest.raises(KeyboardInterrupt) as e: mine(model, [p.ids for p in ps], **kw)
+        assert e.value.partial is None                                           # nothing was scanned yet
+    finally: h.remove(); model.eval()
+
+
 @pytest.mark.parametrize("kw, says", [
     (dict(suffix=0), "suffix=0 must be 1"), (dict(prefix=0), "prefix=0"), (dict(stride=0), "stride=0"), (dict(batch_size=0), "batch_size=0"), (dict(min_right=0), "min_right=0"),
     (dict(min_right=1.1), "min_right=1.1"), (dict(prefix=60), "prefix 60 \\+ suffix 9 = 69 tokens.*context is 64"), (dict(source=[]), "data is empty"),
     (dict(source=[[1, 2], [1]*15]), "No document has room for prefix 7 \\+ suffix 9 = 16 tokens: the longest of 2 has 15"), (dict(source=torch.ones(30, dtype=torch.long)*V), "beyond the model's vocabulary"),
-    (dict(source=torch.ones(2, 2, 2)), "matrix"), (dict(source=[[.5]*20]), "Document 0"), (dict(source=torch.full((20,), -1)), "Document 0"), (dict(source=[[]]), "No document has room")])
+    (dict(source=torch.ones(2, 2, 2)), "matrix"), (dict(source=[[.5]*20]), "Document 0"), (dict(source=torch.full((20,), -1)), "Document 0"), (dict(source=[[]]), "No document has room"),
+    (dict(bos=True), "names no BOS"), (dict(bos=V), "beyond the model's vocabulary"), (dict(bos=-1), "BOS holds -1"), (dict(prefix=55, bos=1), "BOS \\+ prefix 55 \\+ suffix 9 = 65 tokens")])
 def test_mining_refuses(kw, says):
     model = llama()
     def forward(*a, **k): raise AssertionError("the model ran")

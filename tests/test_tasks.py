@@ -318,7 +318,7 @@ def test_what_cannot_be_asked():
     with pytest.raises(ValueError, match="id 195 is beyond the model's vocabulary of 128"): answers(model, byte_tokenizer, [Item("a", "b", "é=", "7.")])
     with pytest.raises(ValueError, match="id 195 is beyond"): answers(model, byte_tokenizer, [Item("a", "b", "e=", "é.")])
     with pytest.raises(ValueError, match="no token for the answer '7.'"): answers(model, lambda s, **kw: dict(input_ids=[5]*min(len(s), 4)), [it])
-    with pytest.raises(ValueError, match="no token for the prompt '3"): answers(model, lambda s, **kw: dict(input_ids=[5]*(len(s) == 2)), [it])
+    with pytest.raises(ValueError, match="no token for the prompt '3"): answers(model, lambda s, **kw: dict(input_ids=[5]*(len(s) == 6)), [it])      # prompt and answer are read as one text
     with pytest.raises(ValueError, match="batch_size=0"): answers(model, byte_tokenizer, [it], batch_size=0)
     with pytest.raises(TypeError, match="tokenizer is needed"): answers(model, "gpt2", [it])
     with pytest.raises(TypeError, match="loaded model"): answers("gpt2", byte_tokenizer, [it])
@@ -360,6 +360,7 @@ def best(it, scores): return float(it.choices[int(np.argmax(scores))] == it.answ
 @pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("header", ["", "1+2=3.\n5+5=10.\n7+7=14.\n8+1=9.\n6+2=8.\n3+6=9.\n4+4=8.\n"], ids=["short", "long"])
 def test_respond_against_one_row_at_a_time(make, header):
+    torch.manual_seed(6)                                                                              # one at which the three rankings differ
     model = make(**(dict(max_position_embeddings=128) if make is llama else {})) if make is llama else GPT2LMHeadModel(GPT2Config(
         vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=None, eos_token_id=None, initializer_range=.3)).eval()
     with torch.no_grad(): [p.mul_(4) for n, p in model.named_parameters() if p.ndim == 2]             # far from uniform

@@ -313,16 +313,16 @@ def _parted(p:list, wholes:dict, special:tuple) -> tuple: # (question ids, {answ
     k = min(len(commonprefix([p, w])) if w[:len(p)] != p else len(p) for w in wholes.values())
     return special + tuple(p[:k]), {t: tuple(w[k:]) for t, w in wholes.items()}
 
-# %% ../nbs/07_tasks.ipynb #4518af42
+# %% ../nbs/07_tasks.ipynb #9f99280c
 def _letters(text:str) -> str: return "".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 def _check_said(tokenizer:Any, it:Item, p:tuple, conts:dict, special:tuple):
     "ValueError where the tokens of a question are not its text."
     unk = getattr(tokenizer, "unk_token_id", None)
+    if not p: raise ValueError(f"the tokenizer gives no token for the prompt {it.prompt!r}")
     for text, ids in conts.items():
         if not ids: raise ValueError(f"the tokenizer gives no token for the answer {text!r}")
         if unk is not None and unk in p[len(special):] + ids: raise ValueError(f"the tokenizer has no token for part of {(it.prompt + text)[-60:]!r}: it says {getattr(tokenizer, 'unk_token', 'unknown')!r} instead")
-    if not p: raise ValueError(f"the tokenizer gives no token for the prompt {it.prompt!r}")
     if len({*conts.values()}) < len(conts): raise ValueError(f"the tokenizer writes two of the choices {list(conts)} alike")
     if hasattr(tokenizer, "batch_decode"):
         back = tokenizer.decode(p[len(special):] + conts[it.answer], clean_up_tokenization_spaces=False)

@@ -110,7 +110,7 @@ class _MomentRecorder(_Recorder):
         return x if self.w is None else x * self.w.to(x)[..., None]
     def forward(self, name, args, kwargs, out):
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        if not out.requires_grad: out = out + self.zero.setdefault((out.device, out.dtype), torch.zeros((), device=out.device, dtype=out.dtype, requires_grad=True))
+        out = self.tracked(out)
         out.register_hook(lambda g: self.G[name].add(self.grouped(x, name), self.grouped(g, name), len(self.rows(x, name)) if self.first else 0))
         return out
 

@@ -139,12 +139,16 @@ class _Recorder:
         if x.dim() == 2 and len(x) == self.w.numel(): return x[self.w.flatten().to(x.device)]
         raise RuntimeError(f"{name} received {list(x.shape)} but the batch has {list(self.w.shape)} positions: it does not see every position once, so its factors cannot be collected; leave it out of targets")
 
+    def tracked(self, out):
+        "The output itself, where a gradient will come down to it anyway; else a copy through which one will."
+        return out if out.requires_grad else out + self.zero.setdefault((out.device, out.dtype), torch.zeros((), device=out.device, dtype=out.dtype, requires_grad=True))
+
     def forward(self, name, args, kwargs, out):
         x, lead = (args[0] if args else next(iter(kwargs.values()))).detach(), self.leader[name]
         if lead == name: self.A[name].add(self.rows(x, name)); self.last[name] = (x.data_ptr(), x.shape)
         elif self.last.get(lead) != (x.data_ptr(), x.shape):
             raise RuntimeError(f"{name} no longer reads the same tensor as {lead}, as it did in the probe; this model routes inputs in a way that collect cannot follow")
-        if not out.requires_grad: out = out + self.zero.setdefault((out.device, out.dtype), torch.zeros((), device=out.device, dtype=out.dtype, requires_grad=True))
+        out = self.tracked(out)
         out.register_hook(lambda g: self.G[name].add(self.rows(g, name), None if self.first else 0))
         return out
 

@@ -26,13 +26,17 @@ class _Figure(Figure):
 
 BLUE, RED, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#707070" # Okabe and Ito, and a grey
 
+def _tidy(ax:Any, axis:str="both") -> None:
+    "A light grid behind what is drawn, and no frame above and to the right."
+    ax.grid(True, which="major", axis=axis, color="#d9d9d9", linewidth=.6); ax.set_axisbelow(True)
+    for side in ("top", "right"): ax.spines[side].set_visible(False)
+
 def _axes(fig:Figure|None, size:tuple=(5, 3.2)) -> tuple: # (figure, axes)
     "A clean figure with one pair of axes: a new one, or the given one wiped."
     if fig is None: fig = _Figure(figsize=size, dpi=100, layout="constrained", facecolor="white")
     fig.clear()
     ax = fig.subplots()
-    ax.grid(True, which="major", color="#d9d9d9", linewidth=.6); ax.set_axisbelow(True)
-    for side in ("top", "right"): ax.spines[side].set_visible(False)
+    _tidy(ax)
     return fig, ax
 
 def _legend(fig:Figure, ax:Any, **kw) -> None:
@@ -220,8 +224,7 @@ def _panel(ax:Any, rows:Sequence[dict], names:Sequence[str], reference:str, x:st
         chance = bool(rs[0]["control"]); style = (BLUE, "o", "-") if n == reference else (_chance if chance else _hues)[k[chance] % (3 if chance else 6)]
         k[chance] += n != reference
         _line(ax, rs, x, y, n + (" (control)" if chance else ""), *style, width=2.2 if n == reference else 1.2)
-    ax.grid(True, which="major", color="#d9d9d9", linewidth=.6); ax.set_axisbelow(True)
-    for side in ("top", "right"): ax.spines[side].set_visible(False)
+    _tidy(ax)
     ax.legend(loc="best", frameon=False, fontsize="x-small")
 
 # %% ../nbs/10_plots.ipynb #b2af4e11
@@ -267,8 +270,7 @@ def forest(
         if math.isfinite(ref): ax.axvline(ref, color=BLUE, linewidth=1, linestyle=":")
         for i, r in enumerate(rows): _dot(ax, len(rows) - 1 - i, r[k], r["control"], r["method"] == reference)
         ax.set_yticks(range(len(rows)), labels[::-1], fontsize="small"); ax.set_ylim(-.6, len(rows) - .4); ax.tick_params(axis="x", labelsize="x-small")
-        ax.set_title(_quantity(k).replace(", ", ",\n", 1), fontsize="small"); ax.grid(True, axis="x", color="#d9d9d9", linewidth=.6); ax.set_axisbelow(True)
-        for side in ("top", "right"): ax.spines[side].set_visible(False)
+        ax.set_title(_quantity(k).replace(", ", ",\n", 1), fontsize="small"); _tidy(ax, "x")
     if note: fig.supxlabel(note, fontsize="small")
     return fig
 
@@ -329,8 +331,7 @@ def activation_bands(
     first.remove()
     for ax, b in zip(fig.subplots(1, len(own), sharey=True, squeeze=False)[0], own):
         ax.axhline(1, color=GREY, linewidth=1)
-        ax.grid(True, axis="y", color="#d9d9d9", linewidth=.6); ax.set_axisbelow(True)
-        for side in ("top", "right"): ax.spines[side].set_visible(False)
+        _tidy(ax, "y")
         _draw_bands(ax, [r for r in rows if r["block"] == b], kind)
         ax.set_title(f"block {b}, input of {projection}", fontsize="small")
     fig.axes[0].set_ylabel("memorised / clean, " + ("energy share" if kind == "share" else "norm"), fontsize="small")

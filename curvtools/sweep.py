@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import __version__
-from .targets import fingerprint, weight
+from .targets import weight
 from .data import Passage, Passages, Windows
-from .kfac import Factors, frozen, _Recorder, _unbroken
+from .kfac import Factors, frozen, _Recorder
 from .decompose import Basis, Eigen, random_basis
-from .edit import Edit, keep, _listed, _write_text
-from .recite import _checked, _eos_ids, _groups, _html_table, _step, _text_table, hit_probability, recite, wilson
+from .edit import Edit, edited_weight, keep, _listed, _write_text
+from .recite import _checked, _groups, _html_table, _step, _text_table, hit_probability, recite, wilson
 from .evaluate import NDCG, Perplexity, _draws, ndcg, perplexity, top_tokens
 from .tasks import Responses, respond, _near_chance
 from .baselines import bsn, gradient_ascent, identity_basis, keep_by, magnitude, matched_noise, npo, one_sided, random_pairs, svd, _mark
@@ -93,8 +93,8 @@ def _of_text(name:str, p:Perplexity, base:Perplexity|None, gain:NDCG|None) -> di
 def _of_family(r:Responses, base:Responses|None) -> dict:
     "Of one family of questions: accuracy, answer loss, and with a baseline what is kept beyond chance, where that can be measured."
     name, one, right = r.family[0], torch.ones(len(r)), r.right.double()
-    group, out = f"questions {name}", {}
-    out |= {f"{name}.accuracy": Measure(group, right, one, rate=True), f"{name}.loss": Measure(group, r.loss, one)}
+    group = f"questions {name}"
+    out = {f"{name}.accuracy": Measure(group, right, one, rate=True), f"{name}.loss": Measure(group, r.loss, one)}
     if base is not None and not _near_chance(base.right.double(), r.chance): out[f"{name}.kept"] = Measure(group, right - r.chance, base.right.double() - r.chance)
     return out
 
@@ -152,8 +152,7 @@ def _check_sets(model:nn.Module, passages:Any, windows:Any, items:Any, tokenizer
     return {k: _checked(model, p) for k, p in ps.items()}, {k: w if isinstance(w, Windows) else Windows(w) for k, w in ws.items()}, list(items or ())
 
 # %% ../nbs/09_sweep.ipynb #4bb658e9
-def _top(model:nn.Module, windows:Any, progress:bool=True) -> dict: # name -> TopTokens
-    return {k: top_tokens(model, w, progress=progress) for k, w in _named(windows, "windows").items()}
+def _top(model:nn.Module, windows:dict) -> dict: return {k: top_tokens(model, w, progress=False) for k, w in windows.items()}   # name -> TopTokens
 
 # %% ../nbs/09_sweep.ipynb #5b174470
 def readout(
@@ -249,7 +248,6 @@ class Method:
 # %% ../nbs/09_sweep.ipynb #f2c7f837
 def _random_pairs(basis:Basis, seed:int=0, **kw) -> Edit: return random_pairs(keep(basis, **kw), seed)
 def _noise(basis:Basis, model:nn.Module, seed:int=0, **kw) -> Edit: return matched_noise(keep(basis, **kw), model, seed)
-def _same(basis:Basis, **kw) -> Edit: return keep(basis, **kw)
 
 _tries = { # strengths that go from little effect to too much on the bundled model
     "K-FAC": (.95, .9, .87, .85, .8, .7), "EK-FAC": (.95, .9, .87, .85, .8, .7), "OBD": (.995, .99, .98, .97, .95), "output side": (.98, .95, .9, .85, .8), "input side": (.95, .92, .9, .85, .8, .7),
@@ -275,7 +273,7 @@ def contenders(
     at, names = dict(blocks=blocks, projections=projections), tuple(dict.fromkeys(e.target.projection for e in basis.values()))
     on = dict(targets="all", blocks=blocks, projections=projections or names)             # the same matrices by name
     out = {"K-FAC": (keep, basis), "OBD": (keep_by, basis, "obd"), "output side": (one_sided, basis, "output"), "input side": (one_sided, basis, "input")}
-    out |= {"random directions": (_same, random_basis(basis, seed)), "random pairs": (_random_pairs, basis, seed), "matched noise": (_noise, basis, model, seed)}
+    out |= {"random directions": (keep, random_basis(basis, seed)), "random pairs": (_random_pairs, basis, seed), "matched noise": (_noise, basis, model, seed)}
     makes = {k: ("rho", partial(*f, **at)) for k, f in out.items()}
     if moments is not None: makes["EK-FAC"] = "rho", partial(keep_by, basis, "ekfac", moments=moments, **at)
     if factors is not None: makes |= {"identity": ("rho", partial(keep, own := identity_basis(factors, model), **at)), "Wanda": ("fraction", partial(keep_by, own, "wanda", **at))}
@@ -342,7 +340,7 @@ def _as_methods(methods:Any) -> dict: # name -> Method
     out = {}
     for k, m in methods.items():
         if isinstance(m, Edit):
-            out[k] = Method(partial(_fixed, m), "seed", (None,)); 
+            out[k] = Method(partial(_fixed, m), "seed", (None,))
             if m.method != "random" and all(p.pairs is not None for p in m.plan.values()): out[f"{k}, random directions"] = Method(partial(_by_chance, m), "seed", (0,), control=True)
         elif isinstance(m, Method): out[k] = m
         else: raise TypeError(f"{k!r} is {type(m).__name__}: a Method or an Edit is needed.")
@@ -394,28 +392,26 @@ def sweep(
     "Methods x strengths x blocks, each measured once. Cells are kept by content: what is in `folder` is not computed again. ValueError for a folder of other weights, or data that do not fit, before anything runs."
     ps, ws, items = _check_sets(model, passages, windows, items, tokenizer); methods = _as_methods(methods)
     model_key, data_key = content_key(model), content_key(ps, ws, items, tokenizer if items else None, generate, ndcg)
-    cache, grid, top = _open_cache(folder, model_key), _grid(methods, blocks, (model_key, data_key)), {}
-    def look(first=False):
-        if ndcg and ws and not top and not first: top.update(_top(model, ws, False))
-        return readout(model, ps, ws, items, tokenizer, None if first else top, generate, batch_size, progress=False)
+    cache, grid = _open_cache(folder, model_key), _grid(methods, blocks, (model_key, data_key))
+    look = lambda top: readout(model, ps, ws, items, tokenizer, top, generate, batch_size, progress=False)
     base = Cell("unedited", None, None, False, 1., 0., None, 0., content_key(__version__, model_key, data_key))
-    return _run_grid(model, base, grid, methods, cache, look, (lambda: top.update(_top(model, ws, False))) if ndcg and ws else (lambda: None), progress)
+    return _run_grid(model, base, grid, methods, cache, look, lambda: _top(model, ws) if ndcg else {}, progress)
 
 # %% ../nbs/09_sweep.ipynb #be9dd722
-def _run_grid(model:nn.Module, base:Cell, grid:list, methods:dict, cache:Path|None, look:Callable, prepare:Callable, progress:bool) -> "Sweep":
-    "Fill in the cells that are not there yet."
+def _run_grid(model:nn.Module, base:Cell, grid:list, methods:dict, cache:Path|None, look:Callable, top:Callable, progress:bool) -> "Sweep":
+    "Fill in the cells that are not there yet; look(top tokens of the unedited model) measures, top() makes those, once something is to be measured."
     there = {key: _read_cell(cache/f"{key}.json") if cache else None for key in [base.key, *(g[-1] for g in grid)]}
-    todo, cells = [g for g in grid if there[g[-1]] is None], []
+    todo = [g for g in grid if there[g[-1]] is None]
     try:
         if there[base.key] is None:
-            base.readout = look(True); there[base.key] = base
+            base.readout = look({}); there[base.key] = base
             if cache: _write_cell(base, cache)
-        if todo: prepare()
+        told = top() if todo else {}
         with tqdm(total=len(todo), desc="sweep", unit="edit", disable=not progress, delay=2) as bar:
             for name, m, s, b, key in todo:
-                bar.set_postfix_str(f"{name}, {m.knob}={s}"); c = there[key] = _run_cell(model, name, m, s, b, key, look); bar.update()
+                bar.set_postfix_str(f"{name}, {m.knob}={s}"); c = there[key] = _run_cell(model, name, m, s, b, key, lambda: look(told)); bar.update()
                 if cache: _write_cell(c, cache)
-    except KeyboardInterrupt as e:
+    except BaseException as e:
         if there[base.key] is not None: e.partial = Sweep(there[base.key], [there[g[-1]] for g in grid if there[g[-1]] is not None], methods)
         raise
     return Sweep(there[base.key], [_renamed(there[key], name, m, s, b) for name, m, s, b, key in grid], methods, len(todo))
@@ -456,7 +452,7 @@ class Matched(list):
     "Rows of `Sweep.matched`: a dict for each method; prints as a table."
     def __init__(self, rows:list, on:str, at:float, reference:str|None): super().__init__(rows); self.on, self.at, self.reference = on, at, reference
     def to_dicts(self) -> list: return [dict(r) for r in self]
-    def _lines(self, most:int=8) -> list:
+    def _lines(self) -> list:
         names = [k for k in self[0] if isinstance(self[0][k], tuple)] if self else []
         cell = lambda v: "not reached" if math.isnan(v[0]) else f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]"
         show = [n for n in names if not n.endswith(" - reference")]
@@ -575,7 +571,7 @@ class _Effects(_Recorder):
         self.now = {}                                                        # name -> [strengths, B]
     def forward(self, name, args, kwargs, out):
         x = (args[0] if args else next(iter(kwargs.values()))).detach()     # [B, T, d_in]
-        if not out.requires_grad: out = out + self.zero.setdefault((out.device, out.dtype), torch.zeros((), device=out.device, dtype=out.dtype, requires_grad=True))
+        out = self.tracked(out)
         out.register_hook(lambda g: self.now.__setitem__(name, torch.stack([((x @ D.T)*g).flatten(1).sum(1) for D in self.removed[name]])))
         return out
 
@@ -634,7 +630,8 @@ def coupling(
     "Where an edit would be felt: one forward and backward pass over both texts for each draw, for all matrices at once. ValueError for passages that do not fit."
     sets, rhos = [_checked(model, p) for p in (passages, clean)], tuple(rhos)
     if draws < 1 or not rhos: raise ValueError(f"draws={draws}, rhos={rhos}: at least one of each is needed.")
-    removed = {n: [weight(model, e.target) - keep(basis, rho=r, blocks=[e.target.block], projections=[e.target.projection]).plan[n].new_weight(weight(model, e.target)) for r in rhos] for n, e in basis.items()}
+    taken = lambda e, W: [W - edited_weight(W, e.UG, e.UA, e.mask(rho=r)) for r in rhos]             # ΔW [d_out, d_in], one a strength
+    removed = {n: taken(e, weight(model, e.target)) for n, e in basis.items()}
     with tqdm(total=draws*sum(map(len, sets)), desc="coupling", unit="passage", disable=not progress, delay=2, leave=False) as bar:
         (mem, o), (cln, p) = (_effects(model, s, removed, draws, seed + k, batch_size, bar) for k, s in enumerate(sets))
     return Coupling([e.target for e in basis.values()], rhos, mem, cln, (o, p), draws)
@@ -702,7 +699,7 @@ def choose_blocks(
     ps, base, found = _checked(model, passages), perplexity(model, windows, progress=False), []
     c = coupling(model, basis, ps, clean, rhos, 2, seed, progress=progress)
     ranked, looks = _ranked(c, c.odds[0]/4) or _ranked(c, 0.), 0
-    for rank, (_, _, low, blocks, g) in enumerate(tqdm(ranked[:tries], desc="confirm", unit="group", delay=2, disable=not progress), 1):
+    for rank, (*_, blocks, g) in enumerate(tqdm(ranked[:tries], desc="confirm", unit="group", delay=2, disable=not progress), 1):
         rho, n = _weakest(model, basis, blocks, g, ps, strict, min(rhos), steps); looks += n
         ratio = None
         if rho is not None:

@@ -249,6 +249,8 @@ def test_a_damaged_cell_is_named(model, sets, two, tmp_path):
 
 def test_the_cell_that_fails_is_named(model, basis, sets):
     with pytest.raises(ValueError, match=r"K-FAC, rho=1.5"): sweep(model, {"K-FAC": Method(partial(keep, basis), "rho", (1.5,))}, **sets, progress=False)
+    with pytest.raises(ValueError, match=r"rho=1.5") as e: sweep(model, {"K-FAC": Method(partial(keep, basis), "rho", (.9, 1.5))}, **sets, ndcg=False, generate=False, progress=False)
+    assert [c.strength for c in e.value.partial.cells] == [.9]                       # what is finished is not lost
     with pytest.raises(TypeError, match="not an Edit"): sweep(model, {"x": Method(lambda rho: 3)}, **sets, progress=False)
 
 def test_readouts_of_different_items_are_not_compared(model):

@@ -80,12 +80,14 @@ def _eos_ids(model:nn.Module) -> list:
 # %% ../nbs/05_recite.ipynb #4d6a0465
 def _step(model:nn.Module, ids:Tensor, keep:int, banned:list, cache:Any=None, use_cache:bool=False) -> tuple: # (logits [B, keep, V], cache or None)
     "Logits of the last `keep` positions, -inf on the `banned` ids."
-    kw = dict(past_key_values=cache) if cache is not None else {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters: kw["logits_to_keep"] = keep
+    takes = inspect.signature(model.forward).parameters
+    held = "cache" if "cache" in takes else "past_key_values"   # its older name in transformers
+    kw = {held: cache} if cache is not None else {}
+    if "logits_to_keep" in takes: kw["logits_to_keep"] = keep
     out = model(input_ids=ids, use_cache=use_cache, **kw)
     logits = out.logits[:, -keep:]                             # [B, keep, V]
     if banned: logits[..., banned] = -torch.inf
-    return logits, getattr(out, "past_key_values", None)
+    return logits, getattr(out, held, None)
 
 # %% ../nbs/05_recite.ipynb #57b80f08
 def _greedy(model:nn.Module, ids:Tensor, n:int, banned:list) -> Tensor: # [B, n]

@@ -209,6 +209,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'curvtools.decompose._pick': ('decompose.html#_pick', 'curvtools/decompose.py'),
                                      'curvtools.decompose._same_weights': ('decompose.html#_same_weights', 'curvtools/decompose.py'),
                                      'curvtools.decompose._share': ('decompose.html#_share', 'curvtools/decompose.py'),
+                                     'curvtools.decompose._sorted_mass': ('decompose.html#_sorted_mass', 'curvtools/decompose.py'),
                                      'curvtools.decompose._spectrum': ('decompose.html#_spectrum', 'curvtools/decompose.py'),
                                      'curvtools.decompose._steps': ('decompose.html#_steps', 'curvtools/decompose.py'),
                                      'curvtools.decompose.check_weights': ('decompose.html#check_weights', 'curvtools/decompose.py'),

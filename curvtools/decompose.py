@@ -306,8 +306,14 @@ def _mass_curve(lam:Tensor, mu:Tensor, n:int) -> tuple: # fraction of pairs, sha
     "The mass held by the steepest pairs, for a log-spaced number of them."
     total = len(lam) * len(mu)
     ks = torch.logspace(0, math.log10(total), n, dtype=torch.float64).round().long().clamp(max=total).unique()
+    if total <= 1 << 21: return ks.double() / total, _sorted_mass(lam, mu)[ks - 1]
     share = [_mass_share(lam, mu, staircase(lam, mu, fraction=Fraction(k, total))) for k in ks.tolist()]
     return ks.double() / total, torch.tensor(share, dtype=torch.float64)
+
+def _sorted_mass(lam:Tensor, mu:Tensor) -> Tensor: # float64 [d_out * d_in]
+    "Share of the mass in the steepest 1, 2, 3 ... pairs, by sorting all of them: quicker where they are few."
+    P = torch.outer(lam, mu).double().flatten().cpu().sort(descending=True).values.cumsum(0)
+    return P / P[-1].clamp(min=1e-300)
 
 # %% ../nbs/03_decompose.ipynb #4affc299
 def check_weights(
@@ -447,11 +453,15 @@ def eigen(
     model=None, # bind to this model; else to the one the factors remember, if it is still alive
     dtype:torch.dtype=torch.float64, # torch.float32: try that first and check
     progress:bool=True, # a bar, if it takes longer than 2 s
+    each=lambda done, total, name: None, # called before each matrix; may raise to stop
 ) -> Basis:
     "Eigendecompose every factor, each distinct matrix once. ValueError names a matrix that is not finite."
     if dtype not in (torch.float32, torch.float64): raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     jobs = {id(M): (M, f"{side} of {name}") for name, f in factors.items() for side, M in (("G", f.G), ("A", f.A))}
-    done = {k: _decompose(M, what, dtype) for k, (M, what) in tqdm(jobs.items(), desc="eigen", delay=2, disable=not progress)}
+    done = {}
+    for k, (M, what) in tqdm(jobs.items(), desc="eigen", delay=2, disable=not progress):
+        each(len(done), len(jobs), what)
+        done[k] = _decompose(M, what, dtype)
     out, live = [], factors.model() if model is None else None
     for name, f in factors.items():
         (lam, UG, rg, cg), (mu, UA, ra, ca) = done[id(f.G)], done[id(f.A)]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['png', 'img', 'spectrum', 'mass_curve', 'kept_region', 'tradeoff', 'frontier', 'forest', 'block_map',
-           'activation_bands', 'token_strip', 'heat_strip', 'token_marks', 'token_texts', 'diff_html', 'side_by_side']
+           'activation_bands', 'overlap', 'band_energy', 'token_strip', 'heat_strip', 'token_marks', 'token_texts',
+           'diff_html', 'side_by_side']
 
 # %% ../nbs/10_plots.ipynb #591e3c10
 import base64, io, math, unicodedata
@@ -339,6 +340,52 @@ def activation_bands(
     fig.axes[0].title.set_fontsize("small")
     return fig
 
+# %% ../nbs/10_plots.ipynb #515ce194
+def _pair_of_bars(ax:Any, rows:Sequence[dict], keys:Sequence[tuple], names:Sequence[str]) -> None:
+    "For each row two bars side by side, told apart by hatch; keys are (value, label, colour, hatch)."
+    for s, (key, label, c, hatch) in enumerate(keys):
+        x = [i + .4 * (s - .5) for i in range(len(rows))]
+        ax.bar(x, [r[key] for r in rows], .36, color=c, alpha=.75, hatch=hatch, edgecolor="white", label=label)
+    ax.set_xticks(range(len(rows)), names, fontsize="x-small", rotation=20); _tidy(ax, "y")
+
+# %% ../nbs/10_plots.ipynb #2a2998b3
+def overlap(
+    rows:Sequence[dict], # of `reading.band_overlap`: dicts with side, band, overlap, chance, single, single_chance
+    fig:Figure=None, # draw on this one again
+) -> Figure:
+    "How much two bases share in each band, as spaces and direction by direction, with chance as a line; a panel a side. ValueError without rows."
+    sides = list(dict.fromkeys(r["side"] for r in rows))
+    if not sides: raise ValueError("there is nothing to draw: no rows")
+    fig, first = _axes(fig, (3.6 * len(sides) + .6, 3.3)); first.remove()
+    keys = (("overlap", "space of the band", BLUE, "//"), ("single", "single directions: best |cosine|, median", ORANGE, ".."))
+    for ax, side in zip(fig.subplots(1, len(sides), sharey=True, squeeze=False)[0], sides):
+        rs = [r for r in rows if r["side"] == side]
+        _pair_of_bars(ax, rs, keys, [r["band"].replace(" %", "%") for r in rs])
+        for s, key in enumerate(("chance", "single_chance")):
+            at = [i + .4 * (s - .5) for i in range(len(rs))]
+            ax.hlines([r[key] for r in rs], [x - .2 for x in at], [x + .2 for x in at], color="black", linewidth=2, label="_" if s else "by chance")
+        ax.set(ylim=(0, 1.04), xlabel="directions, steepest first"); ax.set_title(dict(A="A, input side", G="G, output side").get(side, side), fontsize="medium")
+    fig.axes[0].set_ylabel("shared by the two bases")
+    _legend(fig, fig.axes[0], ncols=3)
+    return fig
+
+# %% ../nbs/10_plots.ipynb #a96d6547
+def band_energy(
+    rows:Sequence[dict], # of `reading.energy_bands`: dicts with band, lo, hi, mass, energy
+    fig:Figure=None, # draw on this one again
+) -> Figure:
+    "Share of curvature mass and of the matrix's energy in each band of pairs, on a log axis; a diamond for the share of pairs. ValueError without rows."
+    if not rows: raise ValueError("there is nothing to draw: no rows")
+    fig, ax = _axes(fig, (max(.62 * len(rows) + 1.2, 4.2), 3.5))
+    keys = (("mass", "share of the curvature mass", BLUE, "//"), ("energy", "share of |W|²", ORANGE, ".."))
+    _pair_of_bars(ax, rows, keys, [f"to {_percent(r['hi'])}".replace(" %", "%") for r in rows])
+    ax.plot(range(len(rows)), [r["hi"] - r["lo"] for r in rows], "D", color="black", markersize=5, label="share of the pairs")
+    shown = [x for r in rows for x in (r["mass"], r["energy"], r["hi"] - r["lo"]) if x > 0]
+    ax.set(yscale="log", ylim=(max(min(shown) / 2, 1e-7), 1.5), xlabel="band of pairs (i, j), steepest first: up to this share of all pairs", ylabel="share of the whole", title="Where curvature and energy lie")
+    ax.yaxis.set_major_formatter(FuncFormatter(_percent)); ax.yaxis.set_minor_formatter(NullFormatter())
+    _legend(fig, ax, ncols=3)
+    return fig
+
 # %% ../nbs/10_plots.ipynb #d28face9
 def _visible(text:str) -> str:
     "Text in which control and direction characters can be seen and do nothing."
@@ -353,15 +400,16 @@ def _visible(text:str) -> str:
 _mark_styles = dict(
     match=f"background:rgba(0,114,178,.16);border-bottom:2px solid {BLUE}",
     divergence=f"background:rgba(213,94,0,.32);border-bottom:4px double {RED};font-weight:700",
-    mismatch=f"background:rgba(230,159,0,.14);border-bottom:2px dotted {RED}")
-_mark_words = dict(match="same as the true token", divergence="the first that differs", mismatch="differs from the true token")
+    mismatch=f"background:rgba(230,159,0,.14);border-bottom:2px dotted {RED}",
+    here=f"background:rgba(0,114,178,.16);outline:2px solid {BLUE};outline-offset:-1px;font-weight:700")
+_mark_words = dict(match="same as the true token", divergence="the first that differs", mismatch="differs from the true token", here="the token that is read")
 _strip_style = ("white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.9;font-family:var(--jp-code-font-family,ui-monospace,monospace);"
                 "font-size:13px;color:var(--jp-content-font-color1,currentColor)")
 
 # %% ../nbs/10_plots.ipynb #4f692374
 def token_strip(
     tokens:Sequence[str], # the text of each token
-    marks:Sequence[str]=None, # for each: "match", "divergence", "mismatch" or "" (the default)
+    marks:Sequence[str]=None, # for each: "match", "divergence", "mismatch", "here" or "" (the default)
     titles:Sequence[str]=None, # for each: shown on hover and read on focus
     label:str="", # names the strip for screen readers
 ) -> str: # HTML

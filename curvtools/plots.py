@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['png', 'img', 'spectrum', 'mass_curve', 'kept_region', 'tradeoff', 'frontier', 'forest', 'block_map',
-           'activation_bands', 'overlap', 'band_energy', 'token_strip', 'heat_strip', 'token_marks', 'token_texts',
-           'diff_html', 'side_by_side']
+           'activation_bands', 'overlap', 'band_energy', 'bars', 'band_lines', 'image_grid', 'token_strip',
+           'heat_strip', 'token_marks', 'token_texts', 'diff_html', 'side_by_side']
 
 # %% ../nbs/10_plots.ipynb #591e3c10
 import base64, io, math, unicodedata
@@ -90,6 +90,8 @@ def spectrum(
         y = (x / x[0].clamp(min=1e-300)).double()
         ax.plot(range(1, len(y) + 1), y.where(y > 0, math.nan).cpu().numpy(), ls, color=c, linewidth=1.8, label=_spectrum_label(name, x))
     ax.set(xscale="log", yscale="log", xlabel="index of the eigenvalue", ylabel="eigenvalue / largest", title=eigen.target.name)
+    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.minorticks_off()
     low = ax.get_ylim()[0]
     ax.set_ylim(max(low, floor), 3)
     _legend(fig, ax)
@@ -118,6 +120,7 @@ def mass_curve(
         ax.plot(max(f, x[0]), m, "o", color=RED, label=f"kept: {_percent(f)} of pairs, {_percent(m)} of mass", clip_on=False)
     ax.set(xscale="log", ylim=(0, 1.02), xlabel="share of the pairs (i, j), steepest first", ylabel="share of the mass", title=eigen.target.name)
     ax.xaxis.set_major_formatter(FuncFormatter(_percent)); ax.yaxis.set_major_formatter(FuncFormatter(_percent))
+    ax.minorticks_off()
     _legend(fig, ax)
     return fig
 
@@ -137,7 +140,8 @@ def kept_region(
     ax.set(xscale="log", yscale="log", xlim=(.5, n + .5), ylim=(m + .5, .5), xlabel="j, input side (eigenvectors of A)", ylabel="i, output side (eigenvectors of G)",
            title=f"{eigen.target.name}\nkept {staircase.kept:,} of {staircase.total:,} pairs: {_percent(staircase.fraction)}")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}")); axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.minorticks_off()
     key = [Patch(facecolor=BLUE, alpha=.55, hatch="//", edgecolor="white", label="kept"), Patch(facecolor="#f0f0f0", edgecolor=GREY, label="removed (log axes: areas deceive)")]
     _legend(fig, ax, handles=key, ncols=2)
     return fig
@@ -366,7 +370,7 @@ def overlap(
             ax.hlines([r[key] for r in rs], [x - .2 for x in at], [x + .2 for x in at], color="black", linewidth=2, label="_" if s else "by chance")
         ax.set(ylim=(0, 1.04), xlabel="directions, steepest first"); ax.set_title(dict(A="A, input side", G="G, output side").get(side, side), fontsize="medium")
     fig.axes[0].set_ylabel("shared by the two bases")
-    _legend(fig, fig.axes[0], ncols=3)
+    _legend(fig, fig.axes[0], ncols=2)
     return fig
 
 # %% ../nbs/10_plots.ipynb #a96d6547
@@ -381,10 +385,72 @@ def band_energy(
     _pair_of_bars(ax, rows, keys, [f"to {_percent(r['hi'])}".replace(" %", "%") for r in rows])
     ax.plot(range(len(rows)), [r["hi"] - r["lo"] for r in rows], "D", color="black", markersize=5, label="share of the pairs")
     shown = [x for r in rows for x in (r["mass"], r["energy"], r["hi"] - r["lo"]) if x > 0]
-    ax.set(yscale="log", ylim=(max(min(shown) / 2, 1e-7), 1.5), xlabel="band of pairs (i, j), steepest first: up to this share of all pairs", ylabel="share of the whole", title="Where curvature and energy lie")
-    ax.yaxis.set_major_formatter(FuncFormatter(_percent)); ax.yaxis.set_minor_formatter(NullFormatter())
-    _legend(fig, ax, ncols=3)
+    ax.set(yscale="log", ylim=(max(min(shown) / 2, 1e-7), 1.5), xlabel="pairs (i, j), steepest first, up to this share", ylabel="share of the whole", title="Where curvature and energy lie")
+    ax.yaxis.set_major_formatter(FuncFormatter(_percent)); ax.minorticks_off()
+    _legend(fig, ax, ncols=2)
     return fig
+
+# %% ../nbs/10_plots.ipynb #97fe02fe
+def bars(
+    rows:Sequence[dict], # dicts with label, group, value, low, high, n
+    fig:Figure=None, # draw on this one again
+) -> Figure:
+    "A bar for each label and group, with intervals: the share of a behaviour that is left. The second group is hatched. ValueError without rows."
+    if not rows: raise ValueError("there is nothing to draw: no rows")
+    labels, groups = (list(dict.fromkeys(r[k] for r in rows)) for k in ("label", "group"))
+    fig, ax = _axes(fig, (6.4, .27*len(rows) + 1.3)); _tidy(ax, "x")
+    for g, (c, hatch) in zip(groups, ((BLUE, ""), (RED, "//"), (GREEN, ".."), (GREY, "xx"))):
+        for r in (r for r in rows if r["group"] == g):
+            y = labels.index(r["label"])*(len(groups) + .6) + groups.index(g)
+            ax.barh(y, max(r["value"], 0), .85, color=c, alpha=.55, hatch=hatch, edgecolor=c, label=g if r is next(x for x in rows if x["group"] == g) else None)
+            ax.plot([r["low"], r["high"]], [y, y], color="black", linewidth=1)
+            ax.text(min(max(r["value"], r["high"], 0), 1.48) + .02, y, f"{r['value']:.0%}", va="center", fontsize="x-small")
+    ax.set_yticks([k*(len(groups) + .6) + (len(groups) - 1)/2 for k in range(len(labels))], [f"{k} (n={next(r['n'] for r in rows if r['label'] == k)})" for k in labels], fontsize="small")
+    ax.set_ylim(len(labels)*(len(groups) + .6) - .9, -.8); ax.axvline(1, color=GREY, linewidth=1, linestyle=":"); ax.set(xlim=(min(0, min(r["low"] for r in rows)), min(1.6, max(1.15, *(r["high"] + .12 for r in rows)))), xlabel="share left")
+    ax.xaxis.set_major_formatter(FuncFormatter(_percent))
+    _legend(fig, ax, ncols=2)
+    return fig
+
+
+# %% ../nbs/10_plots.ipynb #98f7cc4c
+def band_lines(
+    rows:Sequence[dict], # dicts with text, band, share_ratio, share_low, share_high: one input, several texts
+    fig:Figure=None, # draw on this one again
+) -> Figure:
+    "Energy of each text in bands of the input directions, relative to ordinary text, a line a text. ValueError without rows."
+    if not rows: raise ValueError("there is nothing to draw: no rows")
+    fig, ax = _axes(fig, (6.4, 4.2)); texts = list(dict.fromkeys(r["text"] for r in rows))
+    ax.axhline(1, color=GREY, linewidth=1)
+    for k, t in enumerate(texts):
+        c, marker, line = (RED, "X", ":") if "control" in t else ((BLUE, "o", "-"), *_hues)[k % 7]
+        rs = [r for r in rows if r["text"] == t]; x = [i + .05*(k - len(texts)/2) for i in range(len(rs))]; y = [r["share_ratio"] for r in rs]
+        ax.plot(x, y, line, marker=marker, color=c, label=t, markersize=5, linewidth=1.5)
+        ax.errorbar(x, y, [[max(v - r["share_low"], 0) for v, r in zip(y, rs)], [max(r["share_high"] - v, 0) for v, r in zip(y, rs)]], fmt="none", ecolor=c, elinewidth=1, capsize=2, alpha=.6)
+        ax.set_xticks(range(len(rs)), [r["band"] for r in rs], fontsize="small")
+    ax.set(xlabel="band of input directions, steepest first", ylabel="energy share / ordinary text", title=f"block {rows[0]['block']}, input of {rows[0]['projection']}" if "block" in rows[0] else "")
+    _legend(fig, ax, ncols=2)
+    return fig
+
+
+# %% ../nbs/10_plots.ipynb #09c8dece
+def image_grid(
+    images:Any, # uint8 [N, H, W]
+    captions:Sequence[Sequence[str]], # lines below each image
+    marks:Sequence[str]=None, # for each: "" or what is to be said about it
+    size:int=56, # pixels on the page
+) -> str: # HTML
+    "Grey images with captions: escaped, wrapping, described in words. ValueError for lengths that differ."
+    from PIL import Image
+    marks = marks or [""]*len(images)
+    if not len(images) == len(captions) == len(marks): raise ValueError(f"{len(images)} images, {len(captions)} captions and {len(marks)} marks: each image needs one of both")
+    out = []
+    for x, lines, m in zip(images, captions, marks):
+        b = io.BytesIO(); Image.fromarray(x.cpu().numpy()).save(b, "png")
+        alt = escape("; ".join([*lines, m] if m else lines)); frame = f"outline:3px {'solid' if m else 'none'} {GREEN if 'truth' in m else RED}"
+        words = "".join(f"<div>{escape(l)}</div>" for l in lines) + (f"<div><b>{escape(m)}</b></div>" if m else "")
+        out.append(f'<figure tabindex="0" style="margin:4px;width:128px;font-size:11px;line-height:1.3"><img alt="{alt}" width="{size}" height="{size}" style="image-rendering:pixelated;{frame}" src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}"><figcaption>{words}</figcaption></figure>')
+    return f'<div style="display:flex;flex-wrap:wrap">{"".join(out)}</div>'
+
 
 # %% ../nbs/10_plots.ipynb #d28face9
 def _visible(text:str) -> str:
@@ -466,10 +532,11 @@ def token_texts(
     return out
 
 # %% ../nbs/10_plots.ipynb #bcabd9aa
-def _titles(tokenizer:Any, suffix:Sequence[int], generated:Sequence[int]) -> list:
-    "For each generated token: its place, its id, and the true token if that is another."
+def _titles(tokenizer:Any, suffix:Sequence[int], generated:Sequence[int], facts:Sequence[tuple]=None) -> list:
+    "For each generated token: its place, its id, the true token if that is another; and how likely and how far up the true one was, read after the true text."
     true = token_texts(tokenizer, suffix)
-    return [f"token {k + 1} of {len(suffix)}, id {g}" + (f"; true: {_visible(true[k])!r}" if k < len(true) and suffix[k] != g else "") for k, g in enumerate(generated)]
+    how = lambda k: f"; probability of the true token {facts[k][0]:.3g}, rank {facts[k][1]}" if facts and k < len(facts) else ""
+    return [f"token {k + 1} of {len(suffix)}, id {g}" + (f"; true: {_visible(true[k])!r}" if k < len(true) and suffix[k] != g else "") + how(k) for k, g in enumerate(generated)]
 
 def _verdict(suffix:Sequence[int], generated:Sequence[int]) -> str:
     "In words: recited, or where it leaves the text."
@@ -485,10 +552,11 @@ def diff_html(
     passage:Any, # a `Passage`: prefix and suffix ids
     generated:Sequence[int], # the ids a model wrote after the prefix
     label:str="continuation", # heading
+    facts:Sequence[tuple]=None, # (probability, rank) of each true token, as `forced` gives
 ) -> str: # HTML
     "One continuation as a token strip, marked against the true suffix, with a verdict in words."
     generated = [int(g) for g in generated]
-    strip = token_strip(token_texts(tokenizer, generated), token_marks(passage.suffix, generated), _titles(tokenizer, passage.suffix, generated), label)
+    strip = token_strip(token_texts(tokenizer, generated), token_marks(passage.suffix, generated), _titles(tokenizer, passage.suffix, generated, facts), label)
     return f"<div><strong>{escape(_visible(label))}</strong>: {escape(_verdict(passage.suffix, generated))}{strip}</div>"
 
 # %% ../nbs/10_plots.ipynb #8f60dd25
@@ -498,13 +566,14 @@ def side_by_side(
     original:Sequence[int], # continuation of the unedited model
     edited:Sequence[int]=None, # continuation of the edited model, if there is one
     labels:Sequence[str]=("original", "edited"), # headings
+    facts:Sequence=(None, None), # of each: (probability, rank) of the true tokens
 ) -> str: # HTML
     "A passage with its continuations before and after an edit, marked against the true suffix."
     column = '<div style="flex:1 1 280px;min-width:0">{}</div>'
     plain = lambda name, ids: f"<div><strong>{name}</strong> ({len(ids)} tokens){token_strip(token_texts(tokenizer, ids), label=name)}</div>"
-    pairs = [(original, labels[0])] + ([(edited, labels[1])] if edited is not None else [])
-    columns = "".join(column.format(diff_html(tokenizer, passage, g, name)) for g, name in pairs)
-    keys = "".join(f'<span style="{s};margin-right:1em">{_mark_words[m]}</span>' for m, s in _mark_styles.items())
+    pairs = [(original, labels[0], facts[0])] + ([(edited, labels[1], facts[1])] if edited is not None else [])
+    columns = "".join(column.format(diff_html(tokenizer, passage, g, name, f)) for g, name, f in pairs)
+    keys = "".join(f'<span style="{s};margin-right:1em">{_mark_words[m]}</span>' for m, s in _mark_styles.items() if m in ("match", "divergence", "mismatch"))
     row = '<div style="display:flex;flex-wrap:wrap;gap:12px 24px;margin:6px 0">{}</div>'
     return (f'<div style="color:var(--jp-content-font-color1,currentColor)">{row.format(column.format(plain("prefix", passage.prefix)) + column.format(plain("true suffix", passage.suffix)))}'
             f'{row.format(columns)}<div style="font-size:12px">Marks: {keys}</div></div>')

@@ -310,6 +310,7 @@ def _inputs(model:nn.Module, names:Iterable[str], see:Any):
             for h in handles: h.remove()
 
 def _rows_of(x:Tensor, where:Tensor, name:str) -> Tensor: # [S, d_in]
+    if x.ndim == 2 and len(x) == where.numel(): x = x.view(*where.shape, -1)       # OPT flattens its positions
     if x.shape[:2] != where.shape: raise RuntimeError(f"{name} received {list(x.shape)} but the batch has {list(where.shape)} positions: it does not see every position once, so leave it out.")
     return x[where.to(x.device)]
 

@@ -107,7 +107,7 @@ class State:
     control:Any=None # the same of its control, the same mask in random directions
     preview:dict=field(default_factory=dict)
 
-# %% ../nbs/11_widgets.ipynb #e4fbd5a9
+# %% ../nbs/11_widgets.ipynb #c7927d41
 class Session:
     "A model, its data, its curvature and the history of edits, behind one lock. Knows nothing of widgets."
     def __init__(self,
@@ -143,8 +143,8 @@ class Session:
     @_in_lane
     def checksum(self) -> str: return checksum(self.model, self.targets)
     @_in_lane
-    def look(self, questions:bool=True): return _look(self, questions)
-    def apply(self, spec, control=True, questions=True, step=lambda *a: None): return _apply(self, spec, control, questions, step)
+    def look(self, questions:bool=True, quick:bool=False): return _look(self, questions, quick)
+    def apply(self, spec, control=True, questions=True, step=lambda *a: None, quick=False): return _apply(self, spec, control, questions, step, quick)
     @_in_lane
     def goto(self, k:int): _goto(self, k)
     def undo(self): _travel(self, self.back, self.ahead, "undo: this is where it began")
@@ -179,7 +179,7 @@ def _sample(s:Session, seen:int) -> dict: # arguments of `readout`
     ps = {k: some_of(v, n["passages"]) for k, v in (("memorised", often), ("unseen", s.unseen)) if v}
     return dict(passages=ps, windows={"heldout": _first(s.heldout, n["tokens"])} if s.heldout is not None else {}, items=_some_questions(s.tasks, n["questions"]))
 
-# %% ../nbs/11_widgets.ipynb #7ea7da85
+# %% ../nbs/11_widgets.ipynb #369993aa
 def _load(s:Session, tell:Callable) -> None:
     "Collect the factors if there are none, decompose them, and measure the original. Not in inference mode: collecting needs gradients."
     with s.lock, stoppable(s.model, s.cancel):
@@ -199,19 +199,20 @@ def _watched(batches:Iterable, tell:Callable) -> Iterable:
     "The same batches, counted."
     for i, b in enumerate(batches): tell(i); yield b
 
-def _look(s:Session, questions:bool) -> Any: # Readout or Sorted
-    "Measure the weights that are in the model now."
+def _look(s:Session, questions:bool, quick:bool) -> Any: # Readout or Sorted
+    "Measure the weights that are in the model now; quick: only whether it recites, and perplexity."
     if s.kind == "vit": return Sorted(predict(s.model, s.playground.images), s.playground)
     d = s.sample
+    if quick: return readout(s.model, dict(list(d["passages"].items())[:1]), d["windows"], generate=False, progress=False)
     if s.top is None and d["windows"]:
         with s.original(): s.top = {k: top_tokens(s.model, w, progress=False) for k, w in d["windows"].items()}
     return readout(s.model, d["passages"], d["windows"], d["items"] if questions else None, s.tokenizer, s.top, generate=False, progress=False)
 
-# %% ../nbs/11_widgets.ipynb #48bdc4f8
+# %% ../nbs/11_widgets.ipynb #8c55bb28
 def _alike(base:Any, seen:Any) -> Any: # of the type of base
     "The part of `base` that `seen` measured too."
-    if isinstance(base, Sorted) or seen.answers is not None: return base
-    return Readout({k: base.passages[k] for k in seen.passages}, base.text, seen.ndcg and base.ndcg)
+    if isinstance(base, Sorted): return base
+    return Readout({k: base.passages[k] for k in seen.passages}, base.text, seen.ndcg and base.ndcg, base.answers if seen.answers is not None else None)
 
 def _measures(s:Session, seen:Any) -> dict: # name -> Measure
     "All measures of a state, with those relative to the original."
@@ -242,7 +243,7 @@ def _make(s:Session, spec:dict) -> Any: # Edit
 
 def _spec_name(spec:dict) -> str: return f"{spec['method']}, {spec['knob']} {spec['strength']:g}, blocks {', '.join(map(str, spec['blocks']))}, {' '.join(spec['projections'])}"
 
-# %% ../nbs/11_widgets.ipynb #6db21b5a
+# %% ../nbs/11_widgets.ipynb #695d322a
 def _spec_code(s:Session, spec:dict) -> str:
     "The edit in Python."
     at, m = f"{spec['knob']}={spec['strength']:g}, blocks={list(spec['blocks'])}, projections={list(spec['projections'])}", s.names["model"]
@@ -250,7 +251,7 @@ def _spec_code(s:Session, spec:dict) -> str:
     more = f", moments=second_moments({m}, basis, clean)" if spec["method"] == "EK-FAC" else ", forget=forget, retain=clean" if spec["method"] in trained else ""
     return f"edit = contenders({m}, basis, factors{more})[{spec['method']!r}].make({at})"
 
-def _apply(s:Session, spec:dict, control:bool, questions:bool, step:Callable) -> State:
+def _apply(s:Session, spec:dict, control:bool, questions:bool, step:Callable, quick:bool) -> State:
     "A new state at the end of the history, measured. On failure the state from before is back and nothing was added."
     before = s.at
     with s.lock, stoppable(s.model, s.cancel):
@@ -262,7 +263,7 @@ def _apply(s:Session, spec:dict, control:bool, questions:bool, step:Callable) ->
         s.states.append(state)
         try:
             s.goto(len(s.states) - 1); step(2, 3, "measuring the edit")
-            state.seen = s.look(questions)
+            state.seen = s.look(questions, quick)
         except BaseException:
             s.goto(before); s.back[-2:] = []; s.states.pop()
             raise
@@ -467,14 +468,12 @@ def _set(widget:Any, options:list, value:Any=None) -> None:
     widget.options = options
     widget.value = keep if keep in values else values[0] if values else None
 
-# %% ../nbs/11_widgets.ipynb #20d1b420
-def _changed(s:Session, fill:bool=False) -> None:
-    "Tell the panels that the weights changed, or (fill) that there is a new basis. Those that nobody sees are redrawn when they are seen."
+# %% ../nbs/11_widgets.ipynb #f9536f8b
+def _changed(s:Session, fill:bool=False, by:Any=None) -> None:
+    "Tell the panels that the weights changed, or (fill) that there is a new basis. Those that nobody sees are redrawn when they are seen; `by` is the one that did it."
     for p in list(s.panels):
-        with torch.inference_mode(), _quiet(p):
-            if fill: p.fill(); _enable(p, True)
-        if p.visible:
-            with torch.inference_mode(): p.redraw()
+        if fill: _try(p, lambda: _fill(p))
+        if p.visible or p is by: _try(p, p.redraw)
         else: p.stale = True
 
 def _enable(p, on:bool) -> None:
@@ -506,16 +505,17 @@ class Snapshot:
         tmp.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.title)}</title><body style="font-family:sans-serif">{self.html}</body></html>', encoding="utf-8")
         return tmp.replace(path)
 
-# %% ../nbs/11_widgets.ipynb #7bb2dc5d
+# %% ../nbs/11_widgets.ipynb #28907a4b
 class Panel(W.VBox):
     "One view of a session: `Explorer`, `Probe`, `Editor`, `Spectrum` or `Lens`. Shared with other code, use `with panel.session.lock:`."
     title, keeps, shows = "", (), ()
     def __init__(self,
         session:Any, # a Session, or a playground to make one of
         start:bool=True, # load the curvature now, if it is not there
+        visible:bool=True, # False: draw when it is first seen
     ):
         self.session = s = session if isinstance(session, Session) else Session(session)
-        self.line, self.late, self.quiet, self.visible, self.stale, self.failed, self.phase = "", False, False, True, False, None, ("", 0., 0)
+        self.line, self.late, self.quiet, self.visible, self.stale, self.failed, self.phase = "", False, False, visible, False, None, ("", 0., 0)
         self.figures, self.data, self.c = {}, {}, SimpleNamespace()
         self.c.status, self.c.code = W.HTML(), W.HTML()
         self.c.bar, self.c.cancel = W.IntProgress(layout=dict(width="160px", visibility="hidden")), W.Button(description="Cancel", disabled=True, layout=dict(width="auto"))
@@ -556,12 +556,20 @@ class Panel(W.VBox):
         _close(self.children); super().close()
     def _repr_mimebundle_(self, **kw): return dict(super()._repr_mimebundle_(**kw) or {}, **{"text/html": self.snapshot().html})
 
-# %% ../nbs/11_widgets.ipynb #cd3582f5
+# %% ../nbs/11_widgets.ipynb #0d54fd00
 def _show_first(p) -> None:
-    with p.session.lock, torch.inference_mode():
-        with _quiet(p): p.fill()
-        p.redraw()
-    _enable(p, True)
+    with p.session.lock: _try(p, lambda: _fill(p))
+    if not p.visible: p.stale = True; return
+    with p.session.lock: _try(p, p.redraw)
+
+def _fill(p) -> None:
+    with _quiet(p): p.fill(); _enable(p, True)
+
+def _try(p, f:Callable) -> None:
+    "Do it in inference mode; an error goes to the status line."
+    try:
+        with torch.inference_mode(): f()
+    except Exception as e: p.failed = e; _say(p, f"drawing failed. {type(e).__name__}: {e}", traceback.format_exc())
 
 def _wait(p, timeout:float|None) -> Any: # the panel
     "Until nothing runs in the background. RuntimeError if there is no curvature then, TimeoutError if it takes too long."
@@ -574,7 +582,9 @@ def _wait(p, timeout:float|None) -> Any: # the panel
 def _do(p, f:Callable) -> Any: # the panel
     "f, once the curvature is there, under the lock and in inference mode; unlike a click it raises its errors."
     if p.session.basis is None: _wait(p, None)
-    with p.session.lock, torch.inference_mode(): f()
+    with p.session.lock, torch.inference_mode():
+        if p.stale: p.redraw()
+        f()
     return p
 
 _fixed = dict(spectrum=.32, mass=.37, region=.27, energy=.42)             # room below the axes, for the legend
@@ -587,7 +597,7 @@ def _figure(p, name:str, alt:str, f:Callable, rows:list, size:tuple) -> None:
     if name in _fixed: p.figures[name].subplots_adjust(left=.2, right=.97, top=.85, bottom=_fixed[name])       # half the time of a constrained layout
     getattr(p.c, name).value = img(p.figures[name], alt)
 
-# %% ../nbs/11_widgets.ipynb #8b40d84b
+# %% ../nbs/11_widgets.ipynb #98a740ab
 def _export(p, folder:Any) -> list: # paths
     "PNG, SVG and CSV of every figure that is there. ValueError if there is none."
     if not p.figures: raise ValueError("there is no figure to save yet")
@@ -606,6 +616,7 @@ def _snapshot(p) -> Snapshot:
     box, c = '<div style="margin:8px 0">{}</div>', p.c
     if p.session.basis is None: return Snapshot(box.format(f"{p.title}: {c.status.value}"), p.title)
     with p.session.lock:
+        if p.stale: _try(p, p.redraw)
         told = ", ".join(f"{w.description}: {_in_words(w)}" for w in (getattr(c, k) for k in p.keeps) if w.description and not isinstance(w, W.Textarea))
         body = "".join(f'<div style="flex:1 1 auto;min-width:0">{getattr(c, k).value}</div>' for k in p.shows if getattr(c, k).value)
         foot = f'<div style="font-size:12px">curvtools {__version__}; weights {p.session.checksum()}, {html.escape(p.session.now.name)}</div>'
@@ -834,15 +845,14 @@ class Probe(Panel):
         with _quiet(self): self.c.which.value = "your text"; self.settle(); self.c.index.value = 1; self._start_over()
     def _next_recited(self): _next_recited(self)
 
-# %% ../nbs/11_widgets.ipynb #855a61f2
+# %% ../nbs/11_widgets.ipynb #bb0582e0
 _longest = 20_000 # characters of a pasted text that are read
 
 def _pasted(p) -> Passages: # one passage, or none
     "The pasted text as one passage, cut where the model's context ends."
     s, text = p.session, p.c.pasted.value[:_longest].encode("utf-8", "replace").decode("utf-8")
     if not text.strip(): return Passages()
-    limit = getattr(s.model.config, "max_position_embeddings", 512) or 512
-    ids = tuple(s.tokenizer(text)["input_ids"])[:min(limit, 256)]
+    ids = tuple(s.tokenizer(text)["input_ids"])[:_context(s, 256)]
     if len(ids) < 2: raise ValueError("your text is one token: two or more are needed, a prefix and what should follow")
     return Passages([Passage(ids[:len(ids)//2], ids[len(ids)//2:], label="your text")])
 
@@ -927,7 +937,7 @@ def _draw_images(p) -> None:
     p.c.text.value = f"<div>Images {24*k + 1} to {24*k + len(i)} of {len(pg.memorized)} with a wrong label in training{flips}</div>{image_grid(pg.images[i], rows, marks)}"
     _code(p, f"i = pg.memorized[{24*k}:{24*k + 24}]\npredict(pg.model, pg.images[i]), pg.noised[i], pg.true[i]")
 
-# %% ../nbs/11_widgets.ipynb #f74c005d
+# %% ../nbs/11_widgets.ipynb #ecf3e1e9
 class Editor(Panel):
     "Plan an edit, apply it, read what it did, undo; every state stays."
     title, keeps = "Editor", ("blocks", "projections", "method", "knob", "strength", "seen", "control", "questions")
@@ -986,7 +996,7 @@ class Editor(Panel):
         if self.c.live.value: _start(self, "live", lambda: self._apply(live=True))
         else: _draw_preview(self)
     def _apply(self, live=False): _apply_now(self, live)
-    def _go(self, way, *k): getattr(self.session, way)(*k); _code(self, {"undo": "session.undo()", "redo": "session.redo()", "reset": "session.reset()  # bit for bit"}.get(way, f"session.goto({k[0] if k else 0})")); line = self.line; _changed(self.session); _code(self, line)
+    def _go(self, way, *k): getattr(self.session, way)(*k); _code(self, {"undo": "session.undo()", "redo": "session.redo()", "reset": "session.reset()  # bit for bit"}.get(way, f"session.goto({k[0] if k else 0})")); line = self.line; _changed(self.session, by=self); _code(self, line)
     def _measure_on(self): _measure_on(self)
 
 # %% ../nbs/11_widgets.ipynb #6e5ce9cd
@@ -1031,16 +1041,16 @@ def _draw_preview(p, slow:bool=False) -> None:
         with s.original(): p.c.preview.value = preview_html(preview(_make(s, spec)))
     _code(p, _spec_code(s, spec))
 
-# %% ../nbs/11_widgets.ipynb #b1277402
+# %% ../nbs/11_widgets.ipynb #2de0d1ef
 def _apply_now(p, live:bool) -> None:
     "Apply the plan, measure, show. A live state takes the place of the live state before it."
     s, c, spec = p.session, p.c, p.spec
     if not (spec["blocks"] and spec["projections"]): raise ValueError("choose at least one block and one projection to edit")
     old = s.at if live and s.now.preview.get("live") and s.at == len(s.states) - 1 else None
-    with torch.inference_mode(False): state = s.apply(spec, not live and c.control.value, not live and c.questions.value, lambda *a: _tell(p, *a))
+    with torch.inference_mode(False): state = s.apply(spec, not live and c.control.value, not live and c.questions.value, lambda *a: _tell(p, *a), live)
     state.preview = dict(live=live)
     if old: s.states.pop(old); s.at = old; s.back = [b for b in s.back if b != old]
-    _changed(s)
+    _changed(s, by=p)
     _code(p, f"{_spec_code(s, spec)}\napplied = edit.apply({s.names['model']})\n{_measure_code(s)}")
 
 def _measure_code(s:Session) -> str:
@@ -1063,7 +1073,7 @@ def _measure_on(p) -> None:
             for x in s.states: x.seen = x.control = None
             with s.original(): s.states[0].seen = s.look()
             if s.now.spec: s.now.seen = s.look(p.c.questions.value)
-            _changed(s)
+            _changed(s, by=p)
     _start(p, "measure again", again)
 
 # %% ../nbs/11_widgets.ipynb #3394e65f
@@ -1216,13 +1226,15 @@ class Lens(Panel):
     def draw(self): _draw_lens(self)
     def score(self, text): return self.do(lambda: (_set_text(self, text), self.draw()))
 
-# %% ../nbs/11_widgets.ipynb #9180cf4b
+# %% ../nbs/11_widgets.ipynb #933fbf94
 def _set_text(p, text:str) -> None:
     with _quiet(p): p.c.pasted.value = text
 
-def _flat_shares(s:Session, ids:list, piece:int=256) -> tuple: # (scores of tokens 1.. [n - 1], of random directions)
+def _context(s:Session, most:int) -> int: return min(most, getattr(s.model.config, "max_position_embeddings", most) or most)
+
+def _flat_shares(s:Session, ids:list) -> tuple: # (scores of tokens [n], of random directions)
     "Score of every token but the first of each piece, which nothing predicts."
-    out, chance = [], []
+    out, chance, piece = [], [], _context(s, 256)
     for k in range(0, len(ids), piece):
         part = ids[k:k + piece]
         if len(part) < 2: out += [math.nan]*len(part); chance.append(math.nan); continue
@@ -1268,7 +1280,7 @@ def _draw_lens(p) -> None:
 
 def _mean(xs:list) -> float: return (lambda ys: sum(ys)/len(ys) if ys else math.nan)([x for x in xs if not math.isnan(x)])
 
-# %% ../nbs/11_widgets.ipynb #f34a6222
+# %% ../nbs/11_widgets.ipynb #fbfa928c
 class Lab(W.VBox):
     "Five panels over one session: look, probe, edit, compare, undo. `Lab(playground())` is enough; or give the parts, or a Session. Shared with other code, use `with lab.lock:`."
     kinds = (Explorer, Probe, Editor, Spectrum, Lens)
@@ -1282,8 +1294,8 @@ class Lab(W.VBox):
         **limits, # passages, tokens, questions: to measure on; collect_on: tokens of clean text
     ):
         self.session = s = playground if isinstance(playground, Session) else Session(playground, model, tokenizer, clean, heldout, memorized, unseen, tasks, factors, **limits)
-        with s.lock: self.panels = {k.__name__.lower(): k(s, start=False) for k in self.kinds}
-        for n, p in self.panels.items(): setattr(self, n, p); p.visible = n == "explorer"
+        with s.lock: self.panels = {k.__name__.lower(): k(s, start=False, visible=k is Explorer) for k in self.kinds}
+        for n, p in self.panels.items(): setattr(self, n, p)
         self.tabs = W.Tab([*self.panels.values()], titles=[p.title for p in self.panels.values()])
         super().__init__([self.tabs])
         self.tabs.observe(lambda ch: self._seen(), "selected_index")
@@ -1299,14 +1311,15 @@ class Lab(W.VBox):
     def show(self, name): self.tabs.selected_index = list(self.panels).index(_value("panel", name, self.panels)); return self.panel
     def wait(self, timeout=None): self.panel.wait(timeout); return self
     def checksum(self) -> str: return self.session.checksum()
-    def snapshot(self) -> Snapshot: return Snapshot("<hr>".join(p.redraw().snapshot().html if p.stale and self.session.basis is not None else p.snapshot().html for p in self.panels.values()), "curvtools Lab")
+    def snapshot(self) -> Snapshot: return Snapshot("<hr>".join(p.snapshot().html for p in self.panels.values()), "curvtools Lab")
     def save(self, path) -> Path: return self.snapshot().save(path)
     @property
     def state(self) -> dict: return _lab_state(self)
     @classmethod
     def from_state(cls, state, playground=None, **parts) -> "Lab": return _from_state(cls, state, playground, parts)
     def close(self):
-        for p in getattr(self, "panels", {}).values(): p.close()
+        for p in vars(self).get("panels", {}).values(): p.close()
+        if "tabs" in vars(self): self.tabs.unobserve_all(); self.tabs.close()
         super().close()
     def _repr_mimebundle_(self, **kw): return dict(super()._repr_mimebundle_(**kw) or {}, **{"text/html": self.snapshot().html})
 

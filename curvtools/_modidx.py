@@ -551,6 +551,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'curvtools.reading._joined': ('reading.html#_joined', 'curvtools/reading.py'),
                                    'curvtools.reading._logits': ('reading.html#_logits', 'curvtools/reading.py'),
                                    'curvtools.reading._looked_at': ('reading.html#_looked_at', 'curvtools/reading.py'),
+                                   'curvtools.reading._namer': ('reading.html#_namer', 'curvtools/reading.py'),
                                    'curvtools.reading._neurons': ('reading.html#_neurons', 'curvtools/reading.py'),
                                    'curvtools.reading._norm_like': ('reading.html#_norm_like', 'curvtools/reading.py'),
                                    'curvtools.reading._one_a_window': ('reading.html#_one_a_window', 'curvtools/reading.py'),

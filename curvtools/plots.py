@@ -376,12 +376,12 @@ def band_energy(
 ) -> Figure:
     "Share of curvature mass and of the matrix's energy in each band of pairs, on a log axis; a diamond for the share of pairs. ValueError without rows."
     if not rows: raise ValueError("there is nothing to draw: no rows")
-    fig, ax = _axes(fig, (max(.62 * len(rows) + 1.2, 4.2), 3.5))
+    fig, ax = _axes(fig, (max(.62 * len(rows) + 1.2, 5.4), 3.5))
     keys = (("mass", "share of the curvature mass", BLUE, "//"), ("energy", "share of |W|²", ORANGE, ".."))
-    _pair_of_bars(ax, rows, keys, [f"to {_percent(r['hi'])}".replace(" %", "%") for r in rows])
-    ax.plot(range(len(rows)), [r["hi"] - r["lo"] for r in rows], "D", color="black", markersize=5, label="share of the pairs")
+    _pair_of_bars(ax, rows, keys, [f"to {float('%.2g' % (100 * r['hi'])):g}%" for r in rows])
+    ax.plot(range(len(rows)), [r["hi"] - r["lo"] for r in rows], "D", color="black", markersize=5, markeredgecolor="white", zorder=3, label="share of the pairs")
     shown = [x for r in rows for x in (r["mass"], r["energy"], r["hi"] - r["lo"]) if x > 0]
-    ax.set(yscale="log", ylim=(max(min(shown) / 2, 1e-7), 1.5), xlabel="band of pairs (i, j), steepest first: up to this share of all pairs", ylabel="share of the whole", title="Where curvature and energy lie")
+    ax.set(yscale="log", ylim=(max(min(shown) / 2, 1e-7), 1.5), xlabel="bands of pairs (i, j), steepest first", ylabel="share of the whole", title="Where curvature and energy lie")
     ax.yaxis.set_major_formatter(FuncFormatter(_percent)); ax.yaxis.set_minor_formatter(NullFormatter())
     _legend(fig, ax, ncols=3)
     return fig

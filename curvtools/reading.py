@@ -78,7 +78,7 @@ def _joined(parts:list) -> Tensor: # int64 [windows, T]
     T = max(p.shape[1] for p in parts)
     return torch.cat([nn.functional.pad(p, (0, T - p.shape[1]), value=-1) for p in parts])
 
-# %% ../nbs/15_reading.ipynb #55c5ba87
+# %% ../nbs/15_reading.ipynb #86111164
 def inputs(
     model:nn.Module, # any model with targets; left as found
     target:Target, # which matrix
@@ -88,6 +88,8 @@ def inputs(
     "The input of one matrix at every unpadded position, from one forward pass over the data. ValueError for empty data."
     X, where, ids, order, grid, now = [], [], [], [], [None], {}
     def see(name, x):
+        shape = next(iter(now["b"].values())).shape[:2]
+        if x.ndim == 2 and "input_ids" in now["b"] and len(x) == shape.numel(): x = x.view(*shape, -1)   # OPT's MLP sees [B*T, d_in]
         real = _real(now["b"], x)                                                     # [B, T]
         X.append(_rows_of(x, real, name).float().cpu())                               # [n, d_in]
         row, position = real.nonzero().cpu().T
@@ -262,13 +264,18 @@ class Writing:
         return "\n".join([f"u_{self.i} of {self.name} ({self.projection}) writes", *rows] + ([f"  note     {self.note}"] if self.note else []))
     def _repr_html_(self): return writing_html(self)
 
-# %% ../nbs/15_reading.ipynb #9e548483
+# %% ../nbs/15_reading.ipynb #7139c167
+def _namer(tokenizer:Any, names:dict|None): # function of an id -> str
+    "What to call a token or a class; pieces of a character get their id, or they would all look the same."
+    if names is not None: names = dict(enumerate(tokenizer)) if isinstance(tokenizer, (list, tuple)) else names; return lambda n: str(names.get(n, n))
+    if tokenizer is None: return str
+    return lambda n: t if "�" not in (t := tokenizer.decode([n])) else f"{t} ({n})"
+
 def _tokens(model:nn.Module, tokenizer:Any, u:Tensor, k:int) -> dict: # arguments of Writing
     "The k tokens that a direction of the stream raises most, and lowers most."
     y, names = _logits(model, u)
     if y is None: return dict(note="no head reads this stream, so there are no tokens")
-    if names is None: text = lambda n: str(n) if tokenizer is None else tokenizer.decode([n])
-    else: text = lambda n: str(names.get(n, n))
+    text = _namer(tokenizer, names)
     pick = lambda o: [(text(n), float(y[n])) for n in o[:k].tolist()]
     return dict(up=pick(y.argsort(descending=True, stable=True)), down=pick(y.argsort(stable=True)))
 
@@ -316,10 +323,10 @@ def _values(model:nn.Module, tokenizer:Any, t:Target, u:Tensor, k:int) -> dict: 
     more = _tokens(model, tokenizer, _added(model, o, d), k)
     return out | more | dict(note="; ".join(filter(None, [out["note"], more.get("note")])))
 
-# %% ../nbs/15_reading.ipynb #727deffc
+# %% ../nbs/15_reading.ipynb #32b33cb0
 def writes(
     model:nn.Module, # the model
-    tokenizer:Any, # to name tokens; None: their ids, or an image model's classes
+    tokenizer:Any, # to name tokens; a list of names for the classes of an image model; None: ids, or the names in the config
     eigen:Eigen, # of one of its targets
     i:int, # which direction of the output
     k:int=8, # tokens, neurons

@@ -6,7 +6,7 @@
 __all__ = ['trained', 'checksum', 'Cancelled', 'stoppable', 'some_of', 'Sorted', 'State', 'Session', 'readout_html', 'preview',
            'preview_html', 'Snapshot', 'Panel', 'Explorer', 'Probe', 'Editor', 'Spectrum', 'Lens', 'Lab']
 
-# %% ../nbs/11_widgets.ipynb #91714d84
+# %% ../nbs/11_widgets.ipynb #bb9e8397
 import csv, hashlib, html, json, math, random, threading, time, traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from torch import Tensor
 from . import __version__
 from .data import Passage, Passages, Windows
 from .decompose import eigen
+from .edit import planned
 from .evaluate import bands, halves, memory_score, top_tokens
 from .kfac import collect
 from .plots import (band_energy, band_lines, bars, frontier, heat_strip, image_grid, img, kept_region, mass_curve, overlap,
@@ -218,7 +219,7 @@ def _measures(s:Session, seen:Any) -> dict: # name -> Measure
     "All measures of a state, with those relative to the original."
     return seen.measures(_alike(s.states[0].seen, seen))
 
-# %% ../nbs/11_widgets.ipynb #0444b7aa
+# %% ../nbs/11_widgets.ipynb #ac0d9a74
 trained = ("BSN", "gradient ascent", "NPO") # they are shown half of the passages
 
 def _methods(s:Session) -> dict: # name -> Method
@@ -232,21 +233,23 @@ def _methods(s:Session) -> dict: # name -> Method
 
 def _method_names(s:Session) -> list:
     "All that can be had, EK-FAC too, whose extra pass is made when it is asked for."
-    names = list(_methods(s))
+    names = list(_methods(s)) + ["plan"]*bool((s.plan or {}).get("keep"))
     return names if "EK-FAC" in names else ["K-FAC", "EK-FAC", *names[1:]]
 
 def _make(s:Session, spec:dict) -> Any: # Edit
     "The edit that a spec describes; the original weights must be in the model."
+    if spec["method"] == "plan": return planned(s.basis, s.plan)
     if spec["method"] == "EK-FAC" and s.moments is None: s.moments = second_moments(s.model, s.basis, s.curvature_data, progress=False)
     m, at = _methods(s)[spec["method"]], {k: list(spec[k]) for k in ("blocks", "projections")}
     return m.make(**{spec["knob"]: spec["strength"]}, **at)
 
-def _spec_name(spec:dict) -> str: return f"{spec['method']}, {spec['knob']} {spec['strength']:g}, blocks {', '.join(map(str, spec['blocks']))}, {' '.join(spec['projections'])}"
+def _spec_name(spec:dict) -> str: return "plan" if spec["method"] == "plan" else f"{spec['method']}, {spec['knob']} {spec['strength']:g}, blocks {', '.join(map(str, spec['blocks']))}, {' '.join(spec['projections'])}"
 
-# %% ../nbs/11_widgets.ipynb #695d322a
+# %% ../nbs/11_widgets.ipynb #2c1564cf
 def _spec_code(s:Session, spec:dict) -> str:
     "The edit in Python."
     at, m = f"{spec['knob']}={spec['strength']:g}, blocks={list(spec['blocks'])}, projections={list(spec['projections'])}", s.names["model"]
+    if spec["method"] == "plan": return f"edit = planned(basis, {s.names['plan']})"
     if spec["method"] == "K-FAC": return f"edit = basis.keep({at})"
     more = f", moments=second_moments({m}, basis, clean)" if spec["method"] == "EK-FAC" else ", forget=forget, retain=clean" if spec["method"] in trained else ""
     return f"edit = contenders({m}, basis, factors{more})[{spec['method']!r}].make({at})"
@@ -634,7 +637,7 @@ def _restore(p, state:dict) -> None:
             p.settle()
     p.redraw()
 
-# %% ../nbs/11_widgets.ipynb #763ecebe
+# %% ../nbs/11_widgets.ipynb #0a85ada9
 class Explorer(Panel):
     "Look at a matrix and at its components."
     title, keeps = "Explorer", ("block", "projection", "rho", "by", "k", "component")
@@ -666,7 +669,7 @@ class Explorer(Panel):
         self.c.block.max, self.c.block.min = blocks[-1], blocks[0]
         self.c.find.options = [t.name for t in self.session.targets]
         keep = ((self.session.plan or {}).get("keep") or [{}])[0]
-        self.c.block.value, self.c.rho.value = (keep.get("blocks") or blocks)[-1] % (blocks[-1] + 1), keep.get("rho", .9)
+        self.c.block.value, self.c.rho.value = (keep.get("blocks") or blocks)[-1] % (blocks[-1] + 1), _one_number(keep.get("rho", .9))
         self.settle()
     def settle(self):
         with _quiet(self): _set(self.c.projection, [t.projection for t in self.session.targets if t.block == _nearest(self)])
@@ -688,7 +691,9 @@ class Explorer(Panel):
         _choose(self, hits[0].block, hits[0].projection)
     def _halves(self): _two_halves(self); _draw_component(self)
 
-# %% ../nbs/11_widgets.ipynb #33cbfede
+# %% ../nbs/11_widgets.ipynb #dc241f89
+def _one_number(rho:Any) -> float: return rho if not isinstance(rho, dict) else sum(rho.values())/len(rho)   # a plan may have one for each block
+
 def _nearest(p) -> int:
     "The block that the box says, or the nearest one below it that has matrices."
     blocks = sorted({t.block for t in p.session.targets})
@@ -765,7 +770,7 @@ def _show_component(p, i:int|None, j:int|None) -> None:
         p.c.component.value = x.i, x.j
     _draw_component(p)
 
-# %% ../nbs/11_widgets.ipynb #0782ae48
+# %% ../nbs/11_widgets.ipynb #9de9dac9
 def _two_halves(p) -> None:
     "Curvature of this matrix on each half of the data, and how far the two bases agree."
     s, t = p.session, p.eigen.target
@@ -789,7 +794,7 @@ def _stability_note(p, i:int, j:int) -> str:
     e, rows = p.eigen, p.session.cache.get(("overlap", p.eigen.target.name))
     flat = [f"{n} (place {k + 1} of {m})" for n, k, m in (("u", i, len(e.lam)), ("v", j, len(e.mu))) if k >= m/2]
     if not flat: return ""
-    text = f"<b>Read with care:</b> {' and '.join(flat)} lie{'s' if len(flat) == 1 else ''} in the flat half. Single flat directions are not stable: another half of the data gives others, only bands of them can be compared."
+    text = f"<b>Read with care:</b> {' and '.join(flat)} lie{'s' if len(flat) == 1 else ''} in the flat half. Single flat directions are not stable over halves of the data, or only in part: nearly equal eigenvalues let them turn into one another. Compare bands."
     if rows:
         r = [x for x in rows if x["side"] == ("A" if j >= len(e.mu)/2 else "G")][-1]
         text += f" Here: a direction of the flattest band finds a partner at |cos| {r['single']:.2f} in the other half (chance {r['single_chance']:.2f}); the bands overlap by {r['overlap']:.2f} (chance {r['chance']:.2f})."
@@ -937,7 +942,7 @@ def _draw_images(p) -> None:
     p.c.text.value = f"<div>Images {24*k + 1} to {24*k + len(i)} of {len(pg.memorized)} with a wrong label in training{flips}</div>{image_grid(pg.images[i], rows, marks)}"
     _code(p, f"i = pg.memorized[{24*k}:{24*k + 24}]\npredict(pg.model, pg.images[i]), pg.noised[i], pg.true[i]")
 
-# %% ../nbs/11_widgets.ipynb #ecf3e1e9
+# %% ../nbs/11_widgets.ipynb #23970237
 class Editor(Panel):
     "Plan an edit, apply it, read what it did, undo; every state stays."
     title, keeps = "Editor", ("blocks", "projections", "method", "knob", "strength", "seen", "control", "questions")
@@ -972,7 +977,8 @@ class Editor(Panel):
         keep = ((s.plan or {}).get("keep") or [{}])[0]
         c.blocks.value = [b % (blocks[-1] + 1) for b in keep.get("blocks") or blocks[len(blocks)//2:]]
         c.projections.value = [p for p in keep.get("projections") or ("gate", "up", "gate_up", "fc1") if p in projections] or projections
-        _set(c.method, _method_names(s), "K-FAC"); self.settle(); c.strength.value = keep.get("rho", .9)
+        simple = isinstance(keep.get("rho", .9), float) and len((s.plan or {}).get("keep") or [0]) == 1
+        _set(c.method, _method_names(s), "K-FAC" if simple else "plan"); self.settle(); c.strength.value = _one_number(keep.get("rho", .9))
         tiers = sorted({p.tier for p in s.memorized if p.tier})
         _set(c.seen, [("all passages", 0)] + [(f"seen {t} times or more", t) for t in tiers], 64 if 64 in tiers else 0)
     def settle(self):
@@ -999,10 +1005,10 @@ class Editor(Panel):
     def _go(self, way, *k): getattr(self.session, way)(*k); _code(self, {"undo": "session.undo()", "redo": "session.redo()", "reset": "session.reset()  # bit for bit"}.get(way, f"session.goto({k[0] if k else 0})")); line = self.line; _changed(self.session, by=self); _code(self, line)
     def _measure_on(self): _measure_on(self)
 
-# %% ../nbs/11_widgets.ipynb #6e5ce9cd
+# %% ../nbs/11_widgets.ipynb #205ae607
 _free = {"gradient ascent", "NPO"} # strength is a learning rate, not a share
 
-def _knob(s:Session, method:str) -> str: return "rho" if method == "EK-FAC" and s.moments is None else _methods(s)[method].knob
+def _knob(s:Session, method:str) -> str: return "rho" if method == "EK-FAC" and s.moments is None else "as it says" if method == "plan" else _methods(s)[method].knob
 
 def _set_range(p) -> None:
     "Learning rates are small numbers, shares lie between 0 and 1."
@@ -1136,7 +1142,7 @@ class Spectrum(Panel):
     def draw(self): _draw_bars(self); _draw_bands(self)
     def measure(self): return self.do(lambda: _measure_bands(self))
 
-# %% ../nbs/11_widgets.ipynb #243d05b1
+# %% ../nbs/11_widgets.ipynb #106e703b
 def _share_left(name:str, before:Measure, after:Measure) -> Measure: return Measure(name, after.num, before.num)
 
 def _by_tier(s:Session, name:str, before:Readout, after:Readout) -> dict: # label -> Measure
@@ -1172,6 +1178,7 @@ def _draw_bars(p) -> None:
     s = p.session
     if not s.now.spec or s.now.seen is None: p.c.note.value, p.c.bars.value = "The original weights are in the model: apply an edit in the Editor, and see here what it keeps of each behaviour.", ""; return
     rows = _behaviour_rows(s)
+    if not rows: p.c.note.value, p.c.bars.value = "Nothing that the original could do was measured: give passages that it recites, or questions that it answers.", ""; return
     more = "" if getattr(s.now.seen, "answers", 1) is not None else " The questions were not asked for this state."
     p.c.note.value = f"Now: {html.escape(s.now.name)}. Shares above chance, on the same questions before and after; 95 % bootstrap.{more}"
     p.figure("bars", "Share kept of each behaviour: " + "; ".join(f"{r['label']}, {r['group']}: {r['value']:.0%}" for r in rows), lambda f: bars(rows, f), rows, (6.4, .27*len(rows) + 1.3))

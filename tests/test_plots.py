@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from curvtools.data import Passage
 from curvtools.decompose import Eigen, staircase
-from curvtools.plots import block_map, diff_html, forest, frontier, img, kept_region, mass_curve, png, side_by_side, spectrum, token_marks, token_strip, token_texts, tradeoff
+from curvtools.plots import band_energy, block_map, diff_html, forest, frontier, img, kept_region, mass_curve, overlap, png, side_by_side, spectrum, token_marks, token_strip, token_texts, tradeoff
 from curvtools.targets import Target
 
 
@@ -24,6 +24,8 @@ def toy(lam, mu, name="m.layers.0.mlp.up_proj"):
     return Eigen(t, torch.eye(len(lam)), torch.eye(len(mu)), lam, mu)
 
 
+SHARED = [dict(side=s, band=b, overlap=.9, chance=.1, single=.5, single_chance=.3) for s in "AG" for b in ("top 10 %", "bottom 90 %")]
+PARTS = [dict(band=1, lo=0, hi=.01, mass=.6, energy=.2), dict(band=2, lo=.01, hi=1, mass=.4, energy=.8)]
 E = toy([4., 2., 1., .5, 0.], [8., 2., 1.])
 
 
@@ -40,7 +42,8 @@ def is_png(b):
 
 
 @pytest.mark.parametrize("fig", [lambda: spectrum(E), lambda: mass_curve(E), lambda: mass_curve(E, E.mask(rho=.8)), lambda: kept_region(E, E.mask(rho=.8)),
-    lambda: tradeoff([dict(method="baseline", strict=.9, ppl=10.)])], ids=["spectrum", "mass", "mass+staircase", "kept", "tradeoff"])
+    lambda: tradeoff([dict(method="baseline", strict=.9, ppl=10.)]),
+    lambda: overlap(SHARED), lambda: band_energy(PARTS)], ids=["spectrum", "mass", "mass+staircase", "kept", "tradeoff", "overlap", "band_energy"])
 def test_every_figure_has_labels_and_renders(fig):
     f = fig()
     assert isinstance(f, Figure)
@@ -191,3 +194,20 @@ def test_forest_shows_values_intervals_and_what_was_not_reached():
 def test_block_map_writes_its_numbers():
     fig = block_map([dict(block=b, projection=p, ratio=b + .5) for b in (0, 3) for p in ("q", "up")])
     assert [t.get_text() for t in fig.axes[0].texts] == ["0.5", "0.5", "3.5", "3.5"] and len(png(fig)) < 60_000
+
+
+def test_overlap_and_energy_draw_the_rows():
+    for ax in overlap(SHARED).axes:
+        assert [b.get_height() for b in ax.patches] == [.9, .9, .5, .5] and len({b.get_hatch() for b in ax.patches}) == 2      # not by colour alone
+        assert [c.get_segments()[0][0][1] for c in ax.collections] == [.1, .3]
+    ax = band_energy(PARTS).axes[0]
+    assert [b.get_height() for b in ax.patches] == [.6, .4, .2, .8] and ax.lines[0].get_ydata().tolist() == [.01, .99]
+    f = overlap(SHARED)
+    assert overlap(SHARED[:2], f) is f and len(f.axes) == 1 and band_energy(PARTS, f) is f and len(f.axes) == 1 and len(f.legends) == 1
+    for draw in (overlap, band_energy):
+        with pytest.raises(ValueError, match="no rows"): draw([])
+
+
+def test_the_token_that_is_read_is_marked():
+    a, b = [x for x in Spans(token_strip(["a", "b"], ["", "here"])).attrs if "tabindex" in x]
+    assert "outline" in b["style"] and b["title"] == "the token that is read" and "style" not in a

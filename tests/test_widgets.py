@@ -209,7 +209,7 @@ def test_components_read_and_write(lab):
     e.choose(2, "down"); e.show(0, 0)
     assert "most" in text(e.c.reading) and "w" in text(e.c.writing) and "Read with care" not in e.c.writing.value
     e.show(15, 23)
-    assert "Single flat directions are not stable" in text(e.c.writing) and e.c.overlap.value == ""
+    assert "Single flat directions are not stable over halves" in text(e.c.writing) and e.c.overlap.value == ""
     e.c.stable.click(); lab.wait(60)
     assert "two halves: done" in text(e.c.status) and e.c.overlap.value.startswith("<img alt=") and "(chance" in text(e.c.writing)
     e.find("layers.1.mlp.up"); assert (e.eigen.target.block, e.eigen.target.projection) == (1, "up") and e.c.overlap.value == ""

@@ -1100,6 +1100,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'curvtools.widgets.Probe._start_over': ('widgets.html#probe._start_over', 'curvtools/widgets.py'),
                                    'curvtools.widgets.Probe._turn': ('widgets.html#probe._turn', 'curvtools/widgets.py'),
                                    'curvtools.widgets.Probe.build': ('widgets.html#probe.build', 'curvtools/widgets.py'),
+                                   'curvtools.widgets.Probe.catch_up': ('widgets.html#probe.catch_up', 'curvtools/widgets.py'),
                                    'curvtools.widgets.Probe.draw': ('widgets.html#probe.draw', 'curvtools/widgets.py'),
                                    'curvtools.widgets.Probe.fill': ('widgets.html#probe.fill', 'curvtools/widgets.py'),
                                    'curvtools.widgets.Probe.next_recited': ('widgets.html#probe.next_recited', 'curvtools/widgets.py'),

@@ -180,7 +180,7 @@ def _sample(s:Session, seen:int) -> dict: # arguments of `readout`
     ps = {k: some_of(v, n["passages"]) for k, v in (("memorised", often), ("unseen", s.unseen)) if v}
     return dict(passages=ps, windows={"heldout": _first(s.heldout, n["tokens"])} if s.heldout is not None else {}, items=_some_questions(s.tasks, n["questions"]))
 
-# %% ../nbs/11_widgets.ipynb #369993aa
+# %% ../nbs/11_widgets.ipynb #45e09b3b
 def _load(s:Session, tell:Callable) -> None:
     "Collect the factors if there are none, decompose them, and measure the original. Not in inference mode: collecting needs gradients."
     with s.lock, stoppable(s.model, s.cancel):
@@ -204,6 +204,7 @@ def _look(s:Session, questions:bool, quick:bool) -> Any: # Readout or Sorted
     "Measure the weights that are in the model now; quick: only whether it recites, and perplexity."
     if s.kind == "vit": return Sorted(predict(s.model, s.playground.images), s.playground)
     d = s.sample
+    if not any(d.values()): return Readout({}, {})                 # nothing was given to measure on
     if quick: return readout(s.model, dict(list(d["passages"].items())[:1]), d["windows"], generate=False, progress=False)
     if s.top is None and d["windows"]:
         with s.original(): s.top = {k: top_tokens(s.model, w, progress=False) for k, w in d["windows"].items()}
@@ -322,13 +323,14 @@ def _row_name(name:str, m:Measure, shown=_shown) -> str:
     of, _, what = name.rpartition(".")
     return html.escape(f"{shown.get(what, what)}, {of}{' (control)' if of == 'unseen' else ''} (n = {m.n}{' windows' if what in ('ppl', 'ndcg') else ''})")
 
-# %% ../nbs/11_widgets.ipynb #cfdef97c
+# %% ../nbs/11_widgets.ipynb #32859823
 def readout_html(
     columns:dict, # heading -> measures by name; the first is the original
 ) -> str: # HTML
     "Measurements as a table: a row each, a column for each state, intervals and n with all of them."
     tag = lambda t, s, more="": f'<{t}{more} style="text-align:left;padding:2px 14px 2px 0;vertical-align:top">{s}</{t}>'
     base, head = next(iter(columns.values())), "".join(tag("th", html.escape(k), ' scope="col"') for k in columns)
+    if not base: return "Nothing was given to measure on: pass memorized=, heldout= or tasks=."
     names = [n for n in base if n.rpartition(".")[2] in ("strict", "ppl", "ndcg", "accuracy", "memorised", "true label", "right") and not (n.endswith(".right") and f"{n[:-6]}.strict" in base)]
     if any("heldout.ndcg" in m for m in columns.values()): names += ["heldout.ndcg"]*("heldout.ndcg" not in names)
     row = lambda n: tag("th", _row_name(n, next(m[n] for m in columns.values() if n in m)), ' scope="row"') + "".join(tag("td", f'<span style="white-space:nowrap">{_cell(n, m, m is base)}</span>') for m in columns.values())
@@ -508,7 +510,7 @@ class Snapshot:
         tmp.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.title)}</title><body style="font-family:sans-serif">{self.html}</body></html>', encoding="utf-8")
         return tmp.replace(path)
 
-# %% ../nbs/11_widgets.ipynb #28907a4b
+# %% ../nbs/11_widgets.ipynb #ed674263
 class Panel(W.VBox):
     "One view of a session: `Explorer`, `Probe`, `Editor`, `Spectrum` or `Lens`. Shared with other code, use `with panel.session.lock:`."
     title, keeps, shows = "", (), ()
@@ -542,7 +544,10 @@ class Panel(W.VBox):
         self.stale = False
         if self.session.basis is not None: self.draw()
         return self
-    def catch_up(self): return self.redraw()                                  # after a worker, if something changed meanwhile
+    def catch_up(self):
+        "After a worker, if something changed meanwhile."
+        with _quiet(self): self.settle()
+        return self.redraw()
     def wait(self, timeout:float=None): return _wait(self, timeout)
     def do(self, f:Callable): return _do(self, f)
     def figure(self, name:str, alt:str, f:Callable, rows:list, size:tuple=(4.4, 3.1)): _figure(self, name, alt, f, rows, size)
@@ -600,7 +605,7 @@ def _figure(p, name:str, alt:str, f:Callable, rows:list, size:tuple) -> None:
     if name in _fixed: p.figures[name].subplots_adjust(left=.2, right=.97, top=.85, bottom=_fixed[name])       # half the time of a constrained layout
     getattr(p.c, name).value = img(p.figures[name], alt)
 
-# %% ../nbs/11_widgets.ipynb #98a740ab
+# %% ../nbs/11_widgets.ipynb #aa9c4ff7
 def _export(p, folder:Any) -> list: # paths
     "PNG, SVG and CSV of every figure that is there. ValueError if there is none."
     if not p.figures: raise ValueError("there is no figure to save yet")
@@ -630,12 +635,13 @@ def _in_words(w:Any) -> str: return str(w.label) if isinstance(w, W.Dropdown) el
 def _restore(p, state:dict) -> None:
     "Put the controls back, those that can still take their value, in order; then draw."
     for k in p.keeps:
-        if k not in state: continue
+        if k not in state or k == "component": continue
         with _quiet(p):
             try: getattr(p.c, k).value = tuple(state[k]) if isinstance(state[k], list) else state[k]
             except Exception as e: raise ValueError(f"{p.title}: {k} cannot be {state[k]!r} here") from e
             p.settle()
     p.redraw()
+    if state.get("component"): _show_component(p, *state["component"])
 
 # %% ../nbs/11_widgets.ipynb #0a85ada9
 class Explorer(Panel):
@@ -731,12 +737,15 @@ def _draw_kept(p) -> None:
                        f'{e.mass_share(s):.2%} of the mass, {e.energy_share(s):.2%} of |W|².</div>')
     _code(p, f'e = basis["{e.target.name}"]\ns = e.mask(rho={rho:g}); s, e.mass_share(s), e.energy_share(s)')
 
-# %% ../nbs/11_widgets.ipynb #737e6b68
+# %% ../nbs/11_widgets.ipynb #aed9e5f3
 def _draw_components(p) -> None:
     "The table of the first and the last components, and the chosen one."
     e, k, by = p.eigen, p.c.k.value, p.c.by.value
     rows = [(f"{w} {n + 1}", x) for w, xs in (("top", e.top(k, by)), ("bottom", e.bottom(k, by)[::-1] if by == "curvature" else e.bottom(k, by))) for n, x in enumerate(xs)]
-    with _quiet(p): _set(p.c.component, [(f"{n}: i {x.i}, j {x.j}", (x.i, x.j)) for n, x in rows])
+    options, own = [(f"{n}: i {x.i}, j {x.j}", (x.i, x.j)) for n, x in rows], p.c.component.value if p.data.get("of") == e.target.name else None
+    if own is not None and own not in [v for _, v in options]: options.append((f"i {own[0]}, j {own[1]}", own))
+    p.data["of"] = e.target.name
+    with _quiet(p): _set(p.c.component, options)
     p.c.table.value = _html_table([{"": n, "i (output)": x.i, "j (input)": x.j, "curvature λ_i μ_j": f"{x.curvature:.3g}", "share of the mass": f"{x.curvature/max(e.mass, 1e-300):.2%}", "coefficient C_ij": f"{x.coefficient:+.3g}"} for n, x in rows],
         f"{e.target.name}, ordered by {'curvature' if by == 'curvature' else '|coefficient|'}, {len(e.lam)*len(e.mu):,} components in all")
     _draw_component(p)
@@ -770,7 +779,7 @@ def _show_component(p, i:int|None, j:int|None) -> None:
         p.c.component.value = x.i, x.j
     _draw_component(p)
 
-# %% ../nbs/11_widgets.ipynb #9de9dac9
+# %% ../nbs/11_widgets.ipynb #994d18db
 def _two_halves(p) -> None:
     "Curvature of this matrix on each half of the data, and how far the two bases agree."
     s, t = p.session, p.eigen.target
@@ -781,7 +790,8 @@ def _two_halves(p) -> None:
     with torch.inference_mode(False), stoppable(s.model, s.cancel), s.original():
         done = []
         for k, half in enumerate((a, b)): _tell(p, k, 2, "curvature on half"); done.append(eigen(collect(s.model, half, **kw), s.model, progress=False)[t.name])
-    s.cache["overlap", t.name] = band_overlap(*done)
+    bands_of = ((0, .02), (.02, .1), (.1, .5), (.5, 1)) if min(t.d_out, t.d_in) >= 100 else ((0, .1), (.1, .5), (.5, 1))
+    s.cache["overlap", t.name] = band_overlap(*done, bands_of)
 
 def _draw_overlap(p) -> None:
     "The overlap of two halves, if it was measured for this matrix."
@@ -800,7 +810,7 @@ def _stability_note(p, i:int, j:int) -> str:
         text += f" Here: a direction of the flattest band finds a partner at |cos| {r['single']:.2f} in the other half (chance {r['single_chance']:.2f}); the bands overlap by {r['overlap']:.2f} (chance {r['chance']:.2f})."
     return f'<div style="margin-top:6px;line-height:1.4">{text}</div>'
 
-# %% ../nbs/11_widgets.ipynb #8b4ba63e
+# %% ../nbs/11_widgets.ipynb #98728c09
 class Probe(Panel):
     "Is this passage recited? The continuation beside the truth, original and edited."
     title, keeps, shows = "Probe", ("which", "tier", "kind", "index", "pasted", "split"), ("text", "numbers")
@@ -849,6 +859,9 @@ class Probe(Panel):
     def _paste(self):
         with _quiet(self): self.c.which.value = "your text"; self.settle(); self.c.index.value = 1; self._start_over()
     def _next_recited(self): _next_recited(self)
+    def catch_up(self):
+        with _quiet(self): self.settle(); self._start_over()
+        return self.redraw()
 
 # %% ../nbs/11_widgets.ipynb #bb0582e0
 _longest = 20_000 # characters of a pasted text that are read
@@ -942,7 +955,7 @@ def _draw_images(p) -> None:
     p.c.text.value = f"<div>Images {24*k + 1} to {24*k + len(i)} of {len(pg.memorized)} with a wrong label in training{flips}</div>{image_grid(pg.images[i], rows, marks)}"
     _code(p, f"i = pg.memorized[{24*k}:{24*k + 24}]\npredict(pg.model, pg.images[i]), pg.noised[i], pg.true[i]")
 
-# %% ../nbs/11_widgets.ipynb #23970237
+# %% ../nbs/11_widgets.ipynb #ec7b2af6
 class Editor(Panel):
     "Plan an edit, apply it, read what it did, undo; every state stays."
     title, keeps = "Editor", ("blocks", "projections", "method", "knob", "strength", "seen", "control", "questions")
@@ -994,7 +1007,7 @@ class Editor(Panel):
     def reset(self): return self.do(lambda: self._go("reset"))
     def visit(self, k): return self.do(lambda: self._go("goto", k))
     def catch_up(self):
-        self.redraw()
+        super().catch_up()
         if self.c.live.value and self.session.now.spec and self.session.now.spec != self.spec: _start(self, "live", lambda: self._apply(live=True))
         return self
     def _plan_changed(self): _draw_preview(self)

@@ -6,7 +6,7 @@
 __all__ = ['trained', 'checksum', 'Cancelled', 'stoppable', 'some_of', 'Sorted', 'State', 'Session', 'readout_html', 'preview',
            'preview_html', 'Snapshot', 'Panel', 'Explorer', 'Probe', 'Editor', 'Spectrum', 'Lens', 'Lab']
 
-# %% ../nbs/11_widgets.ipynb #bb9e8397
+# %% ../nbs/11_widgets.ipynb #d335f60d
 import csv, hashlib, html, json, math, random, threading, time, traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ import ipywidgets as W
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from traitlets import TraitError
 
 from . import __version__
 from .data import Passage, Passages, Windows
@@ -108,7 +109,7 @@ class State:
     control:Any=None # the same of its control, the same mask in random directions
     preview:dict=field(default_factory=dict)
 
-# %% ../nbs/11_widgets.ipynb #c7927d41
+# %% ../nbs/11_widgets.ipynb #caefd186
 class Session:
     "A model, its data, its curvature and the history of edits, behind one lock. Knows nothing of widgets."
     def __init__(self,
@@ -131,7 +132,8 @@ class Session:
         self.basis = self.handle = self.moments = self.top = None        # basis; the edit in place; for EK-FAC; for nDCG
         self.states, self.at, self.back, self.ahead = [State("original")], 0, [], []
         self.job, self.thread, self.panels, self.texts, self.cache = "", None, [], {}, {}
-        self.sample = _sample(self, 64)
+        self.seen = next((t for t in sorted({p.tier for p in self.memorized}) if t >= 64), 0)  # measured on passages seen at least so often
+        self.sample = _sample(self, self.seen)
     @property
     def now(self) -> State: return self.states[self.at]
     @property
@@ -163,13 +165,20 @@ class Session:
     def continuations(self, passage) -> tuple: return _continuations(self, passage)
     def __repr__(self): return f"Session: {type(self.model).__name__}, " + ("no curvature yet" if self.basis is None else f"{len(self.basis)} matrices") + f", {len(self.states)} states, now {self.now.name!r}"
 
-# %% ../nbs/11_widgets.ipynb #d5466072
+# %% ../nbs/11_widgets.ipynb #de7fb554
+class _Numbers:
+    "In place of a tokenizer: ids as they are, written as numbers."
+    def decode(self, ids, **kw): return " ".join(map(str, [ids] if isinstance(ids, int) else ids))
+    def __call__(self, text, **kw):
+        try: return dict(input_ids=[int(x) for x in text.split()])
+        except ValueError: raise ValueError("without a tokenizer, write token ids: numbers with spaces between them; or pass tokenizer=") from None
+
 def _parts(playground:Any, given:dict, factors:Any) -> dict:
     "Model and data from the playground, what is given by name first. ValueError if there is too little."
     parts = {k: getattr(playground, k, None) if v is None else v for k, v in given.items()}
     if parts["model"] is None: raise ValueError("A Lab needs a model: Lab(playground()), or Lab(model=..., tokenizer=..., clean=..., ...).")
     if factors is None and parts["clean"] is None: raise ValueError("A Lab needs text to collect curvature on: pass clean=windows(...), or factors=collect(...).")
-    if parts["tokenizer"] is None: parts["tokenizer"] = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))  # ids as they are
+    if parts["tokenizer"] is None: parts["tokenizer"] = _Numbers()
     if getattr(playground, "kind", "lm") == "vit": return parts | dict(memorized=Passages(), unseen=Passages(), heldout=None, tasks=[])
     return parts | dict(memorized=Passages(parts["memorized"] or ()), unseen=Passages(parts["unseen"] or ()), tasks=parts["tasks"] or [], plan=parts["plan"] or {})
 
@@ -180,10 +189,10 @@ def _sample(s:Session, seen:int) -> dict: # arguments of `readout`
     ps = {k: some_of(v, n["passages"]) for k, v in (("memorised", often), ("unseen", s.unseen)) if v}
     return dict(passages=ps, windows={"heldout": _first(s.heldout, n["tokens"])} if s.heldout is not None else {}, items=_some_questions(s.tasks, n["questions"]))
 
-# %% ../nbs/11_widgets.ipynb #45e09b3b
+# %% ../nbs/11_widgets.ipynb #a264d0b4
 def _load(s:Session, tell:Callable) -> None:
     "Collect the factors if there are none, decompose them, and measure the original. Not in inference mode: collecting needs gradients."
-    with s.lock, stoppable(s.model, s.cancel):
+    with s.lock, s.original(), stoppable(s.model, s.cancel):
         if s.factors is None:
             data, kw = s.curvature_data, (s.plan or {}).get("collect", {})
             total = len(data) if hasattr(data, "__len__") else 0
@@ -192,6 +201,7 @@ def _load(s:Session, tell:Callable) -> None:
             if s.cancel.is_set(): raise Cancelled("cancelled; the model is as it was")
             tell(done, total, f"decomposing {name}")
         s.basis = eigen(s.factors, s.model, progress=False, each=each)
+        for e in s.basis.values(): e.C                             # coefficients of the original weights, while they are in the model
         s.checked = checksum(s.model, s.targets)
         tell(0, 1, "measuring the original")
         s.states[0].seen = s.look()
@@ -220,7 +230,7 @@ def _measures(s:Session, seen:Any) -> dict: # name -> Measure
     "All measures of a state, with those relative to the original."
     return seen.measures(_alike(s.states[0].seen, seen))
 
-# %% ../nbs/11_widgets.ipynb #ac0d9a74
+# %% ../nbs/11_widgets.ipynb #1a89dcaa
 trained = ("BSN", "gradient ascent", "NPO") # they are shown half of the passages
 
 def _methods(s:Session) -> dict: # name -> Method
@@ -235,7 +245,7 @@ def _methods(s:Session) -> dict: # name -> Method
 def _method_names(s:Session) -> list:
     "All that can be had, EK-FAC too, whose extra pass is made when it is asked for."
     names = list(_methods(s)) + ["plan"]*bool((s.plan or {}).get("keep"))
-    return names if "EK-FAC" in names else ["K-FAC", "EK-FAC", *names[1:]]
+    return names if "EK-FAC" in names or s.clean is None else ["K-FAC", "EK-FAC", *names[1:]]
 
 def _make(s:Session, spec:dict) -> Any: # Edit
     "The edit that a spec describes; the original weights must be in the model."
@@ -246,18 +256,18 @@ def _make(s:Session, spec:dict) -> Any: # Edit
 
 def _spec_name(spec:dict) -> str: return "plan" if spec["method"] == "plan" else f"{spec['method']}, {spec['knob']} {spec['strength']:g}, blocks {', '.join(map(str, spec['blocks']))}, {' '.join(spec['projections'])}"
 
-# %% ../nbs/11_widgets.ipynb #2c1564cf
+# %% ../nbs/11_widgets.ipynb #9a1ac998
 def _spec_code(s:Session, spec:dict) -> str:
     "The edit in Python."
     at, m = f"{spec['knob']}={spec['strength']:g}, blocks={list(spec['blocks'])}, projections={list(spec['projections'])}", s.names["model"]
     if spec["method"] == "plan": return f"edit = planned(basis, {s.names['plan']})"
     if spec["method"] == "K-FAC": return f"edit = basis.keep({at})"
-    more = f", moments=second_moments({m}, basis, clean)" if spec["method"] == "EK-FAC" else ", forget=forget, retain=clean" if spec["method"] in trained else ""
+    more = f", moments=second_moments({m}, basis, session.curvature_data)" if spec["method"] == "EK-FAC" else ", forget=halves(session.sample['passages']['memorised'])[0], retain=session.curvature_data" if spec["method"] in trained else ""
     return f"edit = contenders({m}, basis, factors{more})[{spec['method']!r}].make({at})"
 
 def _apply(s:Session, spec:dict, control:bool, questions:bool, step:Callable, quick:bool) -> State:
     "A new state at the end of the history, measured. On failure the state from before is back and nothing was added."
-    before = s.at
+    before, back, ahead = s.at, list(s.back), list(s.ahead)
     with s.lock, stoppable(s.model, s.cancel):
         with s.original():
             step(0, 3, "making the edit")
@@ -269,7 +279,7 @@ def _apply(s:Session, spec:dict, control:bool, questions:bool, step:Callable, qu
             s.goto(len(s.states) - 1); step(2, 3, "measuring the edit")
             state.seen = s.look(questions, quick)
         except BaseException:
-            s.goto(before); s.back[-2:] = []; s.states.pop()
+            s.goto(before); s.back[:], s.ahead[:] = back, ahead; s.states.pop()
             raise
     return state
 
@@ -277,14 +287,17 @@ def _control(s:Session, edit:Any, questions:bool) -> Any: # Readout or Sorted
     "What the same edit in random directions does."
     with edit.random(0, s.model).applied(s.model): return s.look(questions)
 
-# %% ../nbs/11_widgets.ipynb #2a13d60f
+# %% ../nbs/11_widgets.ipynb #41c8a1bb
 def _goto(s:Session, k:int) -> None:
     "Put the weights of this state into the model."
     if not 0 <= k < len(s.states): raise ValueError(f"no state {k}; there are 0 to {len(s.states) - 1}")
-    if s.handle is not None: s.handle.undo(); s.handle = None
+    old, s.texts = s.handle, {x: v for x, v in s.texts.items() if x[1] == "original"}
+    if old is not None: old.undo()
+    try: s.handle = None if s.states[k].edit is None else s.states[k].edit.apply(s.model)
+    except BaseException:
+        if old is not None: old.redo()
+        raise
     if k != s.at: s.back.append(s.at); s.ahead.clear()
-    s.at, s.texts = 0, {x: v for x, v in s.texts.items() if x[1] == "original"}
-    if s.states[k].edit is not None: s.handle = s.states[k].edit.apply(s.model)
     s.at = k
 
 def _travel(s:Session, here:list, there:list, empty:str) -> None:
@@ -323,7 +336,7 @@ def _row_name(name:str, m:Measure, shown=_shown) -> str:
     of, _, what = name.rpartition(".")
     return html.escape(f"{shown.get(what, what)}, {of}{' (control)' if of == 'unseen' else ''} (n = {m.n}{' windows' if what in ('ppl', 'ndcg') else ''})")
 
-# %% ../nbs/11_widgets.ipynb #32859823
+# %% ../nbs/11_widgets.ipynb #1c68423d
 def readout_html(
     columns:dict, # heading -> measures by name; the first is the original
 ) -> str: # HTML
@@ -341,7 +354,7 @@ def _columns(s:Session) -> dict:
     "The original, the state in place and its control."
     now, out = s.now, {"original": _measures(s, s.states[0].seen)}
     if now.spec and now.seen: out[f"now: {now.name}"] = _measures(s, now.seen)
-    if now.control: out["control: the same in random directions"] = _measures(s, now.control)
+    if now.control not in (None, True): out["control: the same in random directions"] = _measures(s, now.control)
     return out
 
 # %% ../nbs/11_widgets.ipynb #dbde3aa8
@@ -415,10 +428,11 @@ def _run(p, what:str, f:Callable) -> bool: # did it work?
     _say(p, f"{what}: done in {time.perf_counter() - t0:.2f} s")
     return True
 
-# %% ../nbs/11_widgets.ipynb #8f50e01e
+# %% ../nbs/11_widgets.ipynb #77337580
 def _say(p, text:str, details:str="") -> None:
     "The status line, with details to unfold."
     fold = f'<details><summary>details</summary><pre style="white-space:pre-wrap">{html.escape(_visible_lines(details))}</pre></details>' if details else ""
+    text, details = text[:2000], details[-20_000:]
     p.c.status.value = f'<div role="status" aria-live="polite" style="line-height:1.4">{"⚠ " if details else ""}{html.escape(_visible(text))}{fold}</div>'
 
 def _visible_lines(text:str) -> str: return "\n".join(map(_visible, text.split("\n")))
@@ -435,11 +449,11 @@ def _tell(p, done:int, total:int, what:str) -> None:
     eta = f", about {(now - t0)/(done - d0)*(total - done):.0f} s left" if done > d0 and now - t0 > 1 and total else ""
     _say(p, f"{what} {done + 1} of {total}{eta} …" if total > 1 else f"{what} …")
 
-# %% ../nbs/11_widgets.ipynb #71651acd
+# %% ../nbs/11_widgets.ipynb #dfd3520f
 def _start(p, what:str, f:Callable) -> None:
     "Run f in a worker thread: bar and Cancel while it runs, then what changed meanwhile is redrawn."
     s = p.session
-    if s.job: _say(p, f"Busy ({s.job}): one thing at a time."); return
+    if s.job: p.late = True; _say(p, f"Busy ({s.job}): one thing at a time."); return
     s.cancel.clear()
     s.job, p.late, p.phase = what, False, ("", 0., 0)
     _show_job(p)
@@ -449,6 +463,7 @@ def _start(p, what:str, f:Callable) -> None:
         try: _run(p, what, f)
         finally:
             s.job = ""
+            s.cancel.clear()
             _show_job(p)
             for q in list(s.panels):
                 if q.late: _guard(q, "redraw", q.catch_up)()
@@ -510,7 +525,7 @@ class Snapshot:
         tmp.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.title)}</title><body style="font-family:sans-serif">{self.html}</body></html>', encoding="utf-8")
         return tmp.replace(path)
 
-# %% ../nbs/11_widgets.ipynb #ed674263
+# %% ../nbs/11_widgets.ipynb #ed10149b
 class Panel(W.VBox):
     "One view of a session: `Explorer`, `Probe`, `Editor`, `Spectrum` or `Lens`. Shared with other code, use `with panel.session.lock:`."
     title, keeps, shows = "", (), ()
@@ -536,13 +551,13 @@ class Panel(W.VBox):
     def fill(self): pass                                                      # options of the controls, from the session
     def settle(self): pass                                                    # bring controls that depend on others in line
     def draw(self): pass
-    def load(self): _start(self, "curvature", lambda: (self.session.load(lambda *a: _tell(self, *a)), _changed(self.session, True))); return self
+    def load(self): _start(self, "curvature", lambda: _load_all(self)); return self
     def on(self, what:str, f:Callable, *names): [getattr(self.c, n).observe(_guard(self, what, f), "value") for n in names]
     def press(self, name:str, what:str, f:Callable, worker:bool=False): getattr(self.c, name).on_click((lambda _: _start(self, what, f)) if worker else _guard(self, what, f))
     def redraw(self):
         "Everything, from the controls as they are."
-        self.stale = False
-        if self.session.basis is not None: self.draw()
+        self.stale = True                                         # still so if drawing fails
+        if self.session.basis is not None: self.draw(); self.stale = False
         return self
     def catch_up(self):
         "After a worker, if something changed meanwhile."
@@ -559,12 +574,16 @@ class Panel(W.VBox):
     def restore(self, state:dict): return _do(self, lambda: _restore(self, state))
     def close(self):
         if "session" in vars(self):                               # not there if the arguments were refused
-            self.session.cancel.set()
             if self in self.session.panels: self.session.panels.remove(self)
+            if not self.session.panels: self.session.cancel.set() # nobody is left to look at what still runs
         _close(self.children); super().close()
     def _repr_mimebundle_(self, **kw): return dict(super()._repr_mimebundle_(**kw) or {}, **{"text/html": self.snapshot().html})
 
-# %% ../nbs/11_widgets.ipynb #0d54fd00
+# %% ../nbs/11_widgets.ipynb #a7250a3d
+def _load_all(p) -> None:
+    "Under one lock, so that nobody meets panels that are not filled yet."
+    with p.session.lock: p.session.load(lambda *a: _tell(p, *a)); _changed(p.session, True)
+
 def _show_first(p) -> None:
     with p.session.lock: _try(p, lambda: _fill(p))
     if not p.visible: p.stale = True; return
@@ -582,15 +601,17 @@ def _try(p, f:Callable) -> None:
 def _wait(p, timeout:float|None) -> Any: # the panel
     "Until nothing runs in the background. RuntimeError if there is no curvature then, TimeoutError if it takes too long."
     s, me = p.session, threading.current_thread()
-    if s.thread is not None and s.thread is not me: s.thread.join(timeout)
+    end = None if timeout is None else time.monotonic() + timeout
+    while (t := s.thread) is not None and t is not me and t.is_alive() and (end is None or time.monotonic() < end): t.join(None if end is None else max(0, end - time.monotonic()))
     if s.job and s.thread is not me: raise TimeoutError(f"still busy ({s.job}) after {timeout} s")
     if s.basis is None: raise RuntimeError(f"There is no curvature ({type(p.failed).__name__}: {p.failed}); .load() starts again.") from p.failed
     return p
 
 def _do(p, f:Callable) -> Any: # the panel
     "f, once the curvature is there, under the lock and in inference mode; unlike a click it raises its errors."
-    if p.session.basis is None: _wait(p, None)
+    if p.session.basis is None or p.session.job == "curvature": _wait(p, None)
     with p.session.lock, torch.inference_mode():
+        if not p.session.job: p.session.cancel.clear()
         if p.stale: p.redraw()
         f()
     return p
@@ -643,7 +664,7 @@ def _restore(p, state:dict) -> None:
     p.redraw()
     if state.get("component"): _show_component(p, *state["component"])
 
-# %% ../nbs/11_widgets.ipynb #0a85ada9
+# %% ../nbs/11_widgets.ipynb #f815386b
 class Explorer(Panel):
     "Look at a matrix and at its components."
     title, keeps = "Explorer", ("block", "projection", "rho", "by", "k", "component")
@@ -691,7 +712,7 @@ class Explorer(Panel):
         blocks = sorted({t.block for t in self.session.targets})
         _choose(self, blocks[min(max(blocks.index(_nearest(self)) + by, 0), len(blocks) - 1)], None)
     def _find(self, text=None):
-        text = self.c.find.value if text is None else text
+        text = (self.c.find.value if text is None else text)[:200]
         hits = [t for t in self.session.targets if text.lower() in t.name.lower()]
         if not hits: raise ValueError(f"no matrix has {text!r} in its name; there are names like {self.session.targets[0].name}")
         _choose(self, hits[0].block, hits[0].projection)
@@ -737,7 +758,7 @@ def _draw_kept(p) -> None:
                        f'{e.mass_share(s):.2%} of the mass, {e.energy_share(s):.2%} of |W|².</div>')
     _code(p, f'e = basis["{e.target.name}"]\ns = e.mask(rho={rho:g}); s, e.mass_share(s), e.energy_share(s)')
 
-# %% ../nbs/11_widgets.ipynb #aed9e5f3
+# %% ../nbs/11_widgets.ipynb #503ab616
 def _draw_components(p) -> None:
     "The table of the first and the last components, and the chosen one."
     e, k, by = p.eigen, p.c.k.value, p.c.by.value
@@ -756,12 +777,15 @@ def _draw_component(p) -> None:
     if p.c.component.value is None: return
     i, j = p.c.component.value
     rest = 1 - (i + 1)*(j + 1)/(len(e.lam)*len(e.mu))
-    with s.original(): seen, wrote = _inputs(p), writes(s.model, s.tokenizer, e, i)
-    what = reads(seen, e.UA[:, j])
-    p.c.reading.value = f"<div><b>Reads</b>: where v_{j} is most and least active{reading_html(what, None if s.kind == 'vit' else s.tokenizer)}</div>"
+    text = s.kind == "vit" or s.clean is not None
+    with s.original(): seen, wrote = _inputs(p) if text else None, writes(s.model, s.playground.classes if s.kind == "vit" else s.tokenizer, e, i)
+    what = reading_html(reads(seen, e.UA[:, j]), None if s.kind == "vit" else s.tokenizer) if text else ": what it reads needs text, pass clean=windows(...)"
+    p.c.reading.value = f"<div><b>Reads</b>: where v_{j} is most and least active{what}</div>"
     p.c.writing.value = f"<div><b>Writes</b>: what u_{i} moves{writing_html(wrote)}{_stability_note(p, i, j)}</div>"
     _draw_overlap(p)
-    _code(p, f'e = basis["{e.target.name}"]; c = e.component({i}, {j})\nreads(inputs({s.names["model"]}, e.target, clean), c.v); writes({s.names["model"]}, tokenizer, e, {i})')
+    _code(p, f'e = basis["{e.target.name}"]; c = e.component({i}, {j})\nreads(inputs({s.names["model"]}, e.target, {_reading_code(s)}), c.v); writes({s.names["model"]}, {"pg.classes" if s.kind == "vit" else "tokenizer"}, e, {i})')
+
+def _reading_code(s:Session) -> str: return "pg.batches(pg.clean[:200])" if s.kind == "vit" else f"{s.names['clean']}[:{_first(s.clean, 4096).n}]" if hasattr(s.clean, "n") else s.names["clean"]
 
 def _inputs(p) -> Any: # Inputs of this matrix, kept for a few
     s, e = p.session, p.eigen
@@ -810,7 +834,7 @@ def _stability_note(p, i:int, j:int) -> str:
         text += f" Here: a direction of the flattest band finds a partner at |cos| {r['single']:.2f} in the other half (chance {r['single_chance']:.2f}); the bands overlap by {r['overlap']:.2f} (chance {r['chance']:.2f})."
     return f'<div style="margin-top:6px;line-height:1.4">{text}</div>'
 
-# %% ../nbs/11_widgets.ipynb #98728c09
+# %% ../nbs/11_widgets.ipynb #439a5225
 class Probe(Panel):
     "Is this passage recited? The continuation beside the truth, original and edited."
     title, keeps, shows = "Probe", ("which", "tier", "kind", "index", "pasted", "split"), ("text", "numbers")
@@ -841,6 +865,8 @@ class Probe(Panel):
             _set(c.tier, [("any number of times", 0)] + [(f"{t} times", t) for t in sorted({p.tier for p in ps if p.tier}, reverse=True)])
             _set(c.kind, [("any kind", "")] + [(k, k) for k in sorted({p.kind for p in ps if p.kind})])
             c.index.max = max(1, _grids(self) if self.session.kind == "vit" else len(self.passages)); c.index.value = min(c.index.value, c.index.max)
+            if own := self.session.kind != "vit" and self.passages:
+                for w in (c.split, c.split_box): w.max = max(2, len(own[c.index.value - 1].ids) - 1)
     @property
     def passages(self) -> Passages: return _set_of(self).where(tier=self.c.tier.value or None, kind=self.c.kind.value or None)
     @property
@@ -901,7 +927,7 @@ def _read(p, index:int, which:str|None, tier:int, kind:str, split:int|None) -> N
         _set_split(p, split)
     p.draw()
 
-# %% ../nbs/11_widgets.ipynb #f45fe6fd
+# %% ../nbs/11_widgets.ipynb #8998c498
 def _draw_passage(p) -> None:
     "The chosen passage, its continuations and their numbers."
     s, c = p.session, p.c
@@ -911,9 +937,9 @@ def _draw_passage(p) -> None:
     (before, facts), after = s.continuations(x)
     c.text.value = f"<div>Passage {k} of {len(p.passages)}: {html.escape(_visible(about))}</div>{side_by_side(s.tokenizer, x, before, after and after[0], facts=(facts, after and after[1]))}"
     c.numbers.value = _html_table(_numbers(s, x, before, after), "(100, .5): would 100 samples hold the suffix with a chance of one half; p_z: its probability in one sample")
-    name = f"{s.names['memorized' if c.which.value == 'memorised' else 'unseen']}{_where(c)}[{k - 1}]" if c.which.value != "your text" else "passage"
+    name = f"{s.names['memorized' if c.which.value == 'memorised' else 'unseen']}{_where(c)}[{k - 1}]" if c.which.value != "your text" else f"Passage({x.prefix}, {x.suffix})"
     same = len(x.prefix) == len(p.passages[k - 1].prefix)
-    _code(p, f"p = {name}\n" + ("" if same else f"p = Passage(p.ids[:{c.split.value}], p.ids[{c.split.value}:])\n") + f"recite({s.names['model']}, Passages([p])).show(0, tokenizer)")
+    _code(p, f"p = {name}\n" + ("" if same or c.which.value == "your text" else f"p = Passage(p.ids[:{c.split.value}], p.ids[{c.split.value}:])\n") + f"recite({s.names['model']}, Passages([p])).show(0, tokenizer)")
 
 def _where(c) -> str:
     filters = ", ".join(f"{k}={getattr(c, k).value!r}" for k in ("tier", "kind") if getattr(c, k).value)
@@ -955,7 +981,7 @@ def _draw_images(p) -> None:
     p.c.text.value = f"<div>Images {24*k + 1} to {24*k + len(i)} of {len(pg.memorized)} with a wrong label in training{flips}</div>{image_grid(pg.images[i], rows, marks)}"
     _code(p, f"i = pg.memorized[{24*k}:{24*k + 24}]\npredict(pg.model, pg.images[i]), pg.noised[i], pg.true[i]")
 
-# %% ../nbs/11_widgets.ipynb #ec7b2af6
+# %% ../nbs/11_widgets.ipynb #0d83ec12
 class Editor(Panel):
     "Plan an edit, apply it, read what it did, undo; every state stays."
     title, keeps = "Editor", ("blocks", "projections", "method", "knob", "strength", "seen", "control", "questions")
@@ -979,7 +1005,7 @@ class Editor(Panel):
         self.on("plan", lambda: self._plan_changed(), "blocks", "projections")
         self.on("strength", lambda: self._moved(), "strength")
         self.on("measure on", lambda: self._measure_on(), "seen")
-        self.press("preview_now", "preview", lambda: _draw_preview(self, True))
+        self.press("preview_now", "preview", lambda: _draw_preview(self, True), worker=True)
         self.press("apply", "apply and measure", lambda: self._apply(), worker=True)
         for n in ("undo", "redo", "reset"): self.press(n, n, lambda n=n: self._go(n), worker=True)
         self.c.history.observe(lambda ch: None if self.quiet else _start(self, "visit", lambda: self._go("goto", ch["new"])), "value")
@@ -988,12 +1014,12 @@ class Editor(Panel):
         blocks, projections = sorted({t.block for t in s.targets}), list(dict.fromkeys(t.projection for t in s.targets))
         c.blocks.options, c.projections.options = blocks, projections
         keep = ((s.plan or {}).get("keep") or [{}])[0]
-        c.blocks.value = [b % (blocks[-1] + 1) for b in keep.get("blocks") or blocks[len(blocks)//2:]]
+        c.blocks.value = [b for b in (b % (blocks[-1] + 1) for b in keep.get("blocks") or ()) if b in blocks] or blocks[len(blocks)//2:]
         c.projections.value = [p for p in keep.get("projections") or ("gate", "up", "gate_up", "fc1") if p in projections] or projections
         simple = isinstance(keep.get("rho", .9), float) and len((s.plan or {}).get("keep") or [0]) == 1
         _set(c.method, _method_names(s), "K-FAC" if simple else "plan"); self.settle(); c.strength.value = _one_number(keep.get("rho", .9))
         tiers = sorted({p.tier for p in s.memorized if p.tier})
-        _set(c.seen, [("all passages", 0)] + [(f"seen {t} times or more", t) for t in tiers], 64 if 64 in tiers else 0)
+        _set(c.seen, [("all passages", 0)] + [(f"seen {t} times or more", t) for t in tiers], s.seen)
     def settle(self):
         with _quiet(self): _set(self.c.knob, ["rho", "fraction", "energy"] if self.c.method.value == "K-FAC" else [_knob(self.session, self.c.method.value)]); self._range()
     def _range(self): _set_range(self)
@@ -1015,10 +1041,14 @@ class Editor(Panel):
         if self.c.live.value: _start(self, "live", lambda: self._apply(live=True))
         else: _draw_preview(self)
     def _apply(self, live=False): _apply_now(self, live)
-    def _go(self, way, *k): getattr(self.session, way)(*k); _code(self, {"undo": "session.undo()", "redo": "session.redo()", "reset": "session.reset()  # bit for bit"}.get(way, f"session.goto({k[0] if k else 0})")); line = self.line; _changed(self.session, by=self); _code(self, line)
+    def _go(self, way, *k):
+        try: getattr(self.session, way)(*k)
+        except BaseException: _try(self, lambda: _draw_state(self)); raise
+        with self.session.lock, torch.inference_mode(), stoppable(self.session.model, self.session.cancel): _measure_missing(self.session)
+        _code(self, {"undo": "session.undo()", "redo": "session.redo()", "reset": "session.reset()  # bit for bit"}.get(way, f"session.goto({k[0] if k else 0})")); line = self.line; _changed(self.session, by=self); _code(self, line)
     def _measure_on(self): _measure_on(self)
 
-# %% ../nbs/11_widgets.ipynb #205ae607
+# %% ../nbs/11_widgets.ipynb #3e7a2527
 _free = {"gradient ascent", "NPO"} # strength is a learning rate, not a share
 
 def _knob(s:Session, method:str) -> str: return "rho" if method == "EK-FAC" and s.moments is None else "as it says" if method == "plan" else _methods(s)[method].knob
@@ -1029,8 +1059,10 @@ def _set_range(p) -> None:
     top, step = (.01, .0001) if lr else (1, .005)
     with _quiet(p):
         for w in (c.strength, c.strength_box):
-            if w.max != top: w.value = 0; w.max, w.step = top, step
-        if c.strength.value == 0 and c.method.value != "K-FAC" or lr and c.strength.value == 0: c.strength.value = _methods(p.session)[c.method.value].strengths[2] if c.method.value in _methods(p.session) else .9
+            if w.max == top: continue
+            w.value, own = 0, _methods(p.session).get(c.method.value)
+            w.max, w.step = top, step
+            w.value = .9 if c.method.value == "K-FAC" or own is None else own.strengths[len(own.strengths)//2]
 
 def _plan(p, kw:dict) -> None:
     "Set parts of the plan: method, knob, strength (or rho, fraction, energy), blocks, projections."
@@ -1039,7 +1071,8 @@ def _plan(p, kw:dict) -> None:
         if k in kw: kw["knob"], kw["strength"] = k, kw.pop(k)
     if odd := kw.keys() - {"method", "knob", "strength", "blocks", "projections"}: raise ValueError(f"no setting {min(odd)!r}; there is method, knob, strength, rho, fraction, energy, blocks, projections")
     if "method" in kw: _value("method", kw["method"], c.method.options)
-    if "strength" in kw and not 0 <= kw["strength"] <= 1: raise ValueError(f"strength must lie between 0 and 1, got {kw['strength']!r}")
+    most = .01 if kw.get("method", c.method.value) in _free else 1
+    if "strength" in kw and not 0 <= kw["strength"] <= most: raise ValueError(f"strength must lie between 0 and {most}, got {kw['strength']!r}")
     for k in ("blocks", "projections"):
         for x in kw.get(k) or (): _value(k[:-1], x, getattr(c, k).options)
     with _quiet(p):
@@ -1057,10 +1090,10 @@ def _draw_preview(p, slow:bool=False) -> None:
     if spec["method"] in trained: p.c.preview.value = "This method is trained on half of the passages when you apply it; it takes a while. What it changes is known then."
     elif spec["method"] == "EK-FAC" and s.moments is None and not slow: p.c.preview.value = "EK-FAC needs one more pass over the data: press Preview or Apply."
     else:
-        with s.original(): p.c.preview.value = preview_html(preview(_make(s, spec)))
+        with torch.inference_mode(not slow), s.original(), stoppable(s.model, s.cancel): p.c.preview.value = preview_html(preview(_make(s, spec)))
     _code(p, _spec_code(s, spec))
 
-# %% ../nbs/11_widgets.ipynb #2de0d1ef
+# %% ../nbs/11_widgets.ipynb #11948a4d
 def _apply_now(p, live:bool) -> None:
     "Apply the plan, measure, show. A live state takes the place of the live state before it."
     s, c, spec = p.session, p.c, p.spec
@@ -1070,13 +1103,13 @@ def _apply_now(p, live:bool) -> None:
     state.preview = dict(live=live)
     if old: s.states.pop(old); s.at = old; s.back = [b for b in s.back if b != old]
     _changed(s, by=p)
-    _code(p, f"{_spec_code(s, spec)}\napplied = edit.apply({s.names['model']})\n{_measure_code(s)}")
+    _code(p, f"session.reset(); {_spec_code(s, spec)}\napplied = edit.apply({s.names['model']})\n{_measure_code(s)}")
 
 def _measure_code(s:Session) -> str:
     "The measurement of the readout in Python."
     if s.kind == "vit": return "pg.scores()"
     n, d = s.names, s.sample
-    often = f".where(min_tier={seen})" if (seen := s.cache.get("seen", 64)) and s.memorized.where(min_tier=seen) else ""
+    often = f".where(min_tier={seen})" if (seen := s.seen) else ""
     of = dict(memorised=n["memorized"] + often, unseen=n["unseen"])
     sets = ", ".join(f"{k}=some_of({of[k]}, {s.limits['passages']})" for k in d["passages"])
     more = f", {n['heldout']}[:{d['windows']['heldout'].n}]" if d["windows"] else ""
@@ -1084,18 +1117,22 @@ def _measure_code(s:Session) -> str:
 
 def _measure_on(p) -> None:
     "Other passages to measure on: what was measured on the old ones is dropped, and the state in place is measured again."
-    s = p.session
-    def again():
-        with s.lock:
-            s.cache["seen"] = p.c.seen.value
-            s.sample = _sample(s, p.c.seen.value)
-            for x in s.states: x.seen = x.control = None
-            with s.original(): s.states[0].seen = s.look()
-            if s.now.spec: s.now.seen = s.look(p.c.questions.value)
-            _changed(s, by=p)
-    _start(p, "measure again", again)
+    _start(p, "measure again", lambda: (_measure_anew(p.session, p.c.seen.value, p.c.questions.value), _changed(p.session, by=p)))
 
-# %% ../nbs/11_widgets.ipynb #3394e65f
+def _measure_anew(s:Session, seen:int, questions:bool) -> None:
+    "On passages seen at least so often. If it fails or is cancelled, all is as before."
+    before, s.sample = s.sample, _sample(s, seen)
+    try:
+        with s.lock, torch.inference_mode(), stoppable(s.model, s.cancel):
+            with s.original(): first = s.look()
+            now = s.look(questions) if s.now.spec else None
+    except BaseException: s.sample = before; raise
+    s.cache.pop("methods", None); s.cache.pop("scale", None); s.cache.pop("bands", None); s.seen = seen
+    for x in s.states: x.seen = x.control = None
+    s.states[0].seen = first
+    if s.now.spec: s.now.seen = now
+
+# %% ../nbs/11_widgets.ipynb #659203fb
 def _draw_state(p) -> None:
     "All that depends on which weights are in the model."
     s, c = p.session, p.c
@@ -1116,6 +1153,7 @@ def _frontier_rows(s:Session) -> list:
     for k, st in enumerate(s.states):
         for control, seen in ((False, st.seen), (True, st.control)):
             if seen is None or (control and not k): continue
+            if seen is True: continue                              # not measured again yet
             ms = _measures(s, seen)
             if x not in ms or y not in ms: continue
             name = "unedited" if not st.spec else "random directions" if control else st.spec["method"]
@@ -1155,7 +1193,7 @@ class Spectrum(Panel):
     def draw(self): _draw_bars(self); _draw_bands(self)
     def measure(self): return self.do(lambda: _measure_bands(self))
 
-# %% ../nbs/11_widgets.ipynb #106e703b
+# %% ../nbs/11_widgets.ipynb #18540c91
 def _share_left(name:str, before:Measure, after:Measure) -> Measure: return Measure(name, after.num, before.num)
 
 def _by_tier(s:Session, name:str, before:Readout, after:Readout) -> dict: # label -> Measure
@@ -1178,7 +1216,7 @@ def _behaviour_rows(s:Session) -> list: # label, group, value, low, high, n
     "The share of each behaviour that the state in place leaves, and its control."
     out, base = [], s.states[0].seen
     for group, seen in (("now", s.now.seen), ("control in random directions", s.now.control)):
-        if seen is None: continue
+        if seen in (None, True): continue
         ms, b = _measures(s, seen), base.measures()
         parts = {f"{n[:-5]}": m for n, m in ms.items() if n.endswith(".kept")}
         for n, label in (("memorised.strict", "memorised, strict"), ("noised.memorised", "wrong labels by heart"), ("validation.right", "validation"), ("clean.right", "training images, right label")):
@@ -1197,7 +1235,7 @@ def _draw_bars(p) -> None:
     p.figure("bars", "Share kept of each behaviour: " + "; ".join(f"{r['label']}, {r['group']}: {r['value']:.0%}" for r in rows), lambda f: bars(rows, f), rows, (6.4, .27*len(rows) + 1.3))
     _code(p, "b = session.states[0].seen; now = session.now.seen\nnow.measures(b)  # .kept: beyond chance")
 
-# %% ../nbs/11_widgets.ipynb #110476bd
+# %% ../nbs/11_widgets.ipynb #90c362bf
 def _texts(s:Session) -> dict: # name -> Passages
     "Memorised passages, and the questions of each family as passages: the answer is the suffix."
     ids = lambda text: tuple(s.tokenizer(text)["input_ids"])
@@ -1224,9 +1262,9 @@ def _draw_bands(p) -> None:
     rows = [r for r in p.session.cache.get("bands", ()) if (r["block"], r["projection"]) == (p.c.block.value, p.c.projection.value)]
     if not rows: p.c.bands.value = "" if p.session.cache.get("bands") is None else "no bands for this input"; return
     p.figure("bands", f"Activation energy by band at the input of {p.c.projection.value} in block {p.c.block.value}, relative to ordinary text: " + "; ".join(dict.fromkeys(r["text"] for r in rows)), lambda f: band_lines(rows, f), rows, (6.4, 4.2))
-    _code(p, f"bands({p.session.names['model']}, basis, memorised, heldout, blocks=[{p.c.block.value}], projections={p.c.projection.value!r})")
+    _code(p, f"bands({p.session.names['model']}, basis, session.sample['passages']['memorised'], session.sample['windows']['heldout'], blocks=[{p.c.block.value}], projections={p.c.projection.value!r})")
 
-# %% ../nbs/11_widgets.ipynb #3388d10c
+# %% ../nbs/11_widgets.ipynb #3f489737
 class Lens(Panel):
     "Does this text look memorised? Each token coloured by the share of its activation energy in the flat directions."
     title, keeps, shows = "Lens", ("pasted", "width"), ("note", "before", "after")
@@ -1236,7 +1274,9 @@ class Lens(Panel):
         c.width, c.width_box = _slider("Window", "Int", value=8, min=1, max=64)
         c.note, c.before, c.after = (W.HTML(layout=dict(flex="1 1 320px", min_width="0")) for _ in range(3))
         return [c.pasted, _row(*_cells([c.width, c.width_box], "1 1 220px", max_width="340px")), c.note, _row(c.before, c.after)]
-    def wire(self): self.on("score", lambda: self.draw(), "pasted", "width")
+    def wire(self): [getattr(self.c, n).observe(lambda _: None if self.quiet else _start(self, "score", self.redraw_in_lane), "value") for n in ("pasted", "width")]
+    def redraw_in_lane(self):
+        with self.session.lock, torch.inference_mode(), stoppable(self.session.model, self.session.cancel): self.redraw()
     def fill(self):
         s = self.session
         if not self.c.pasted.value and s.kind != "vit" and s.sample["passages"]:
@@ -1246,7 +1286,7 @@ class Lens(Panel):
     def draw(self): _draw_lens(self)
     def score(self, text): return self.do(lambda: (_set_text(self, text), self.draw()))
 
-# %% ../nbs/11_widgets.ipynb #933fbf94
+# %% ../nbs/11_widgets.ipynb #2448527c
 def _set_text(p, text:str) -> None:
     with _quiet(p): p.c.pasted.value = text
 
@@ -1296,7 +1336,7 @@ def _draw_lens(p) -> None:
     c.note.value = (f"Share of activation energy in the flattest 60 % of the input directions, mean of the last {c.width.value} tokens. For comparison, ordinary held-out text: {plain[0].mean():.4f} (sd {plain[0].std():.4f}, n = {plain[1]})"
                     + (f"; memorised passages: {known[0].mean():.4f} (sd {known[0].std():.4f}, n = {known[1]})" if known else "") + f"; random directions on this text: {_mean(chance):.4f}.{cut}")
     p.data["lens"] = [dict(token=w, original=a, edited=b) for w, a, b in zip(words, before, after or [None]*len(words))]
-    _code(p, f"memory_score({s.names['model']}, basis, torch.tensor([tokenizer(text)['input_ids']])).tokens[0]")
+    _code(p, f"text = panel.c.pasted.value\nmemory_score({s.names['model']}, basis, torch.tensor([tokenizer(text)['input_ids'][:{_context(s, 256)}]])).tokens[0]")
 
 def _mean(xs:list) -> float: return (lambda ys: sum(ys)/len(ys) if ys else math.nan)([x for x in xs if not math.isnan(x)])
 
@@ -1343,23 +1383,52 @@ class Lab(W.VBox):
         super().close()
     def _repr_mimebundle_(self, **kw): return dict(super()._repr_mimebundle_(**kw) or {}, **{"text/html": self.snapshot().html})
 
-# %% ../nbs/11_widgets.ipynb #5913d28b
+# %% ../nbs/11_widgets.ipynb #2ef60e6d
 _state_kind = "curvtools.lab/1"
 
 def _lab_state(lab:Lab) -> dict:
     s = lab.wait().session
-    return dict(kind=_state_kind, version=__version__, weights=s.checked, front=list(lab.panels).index(lab.panel.title.lower()), history=[x.spec for x in s.states[1:]], at=s.at, panels={n: p.state for n, p in lab.panels.items()})
+    history = [dict(x.spec, control=x.control is not None) for x in s.states[1:]]
+    return dict(kind=_state_kind, version=__version__, weights=s.checked, front=list(lab.panels).index(lab.panel.title.lower()), seen=s.seen, history=history, at=s.at, back=list(s.back), ahead=list(s.ahead), panels={n: p.state for n, p in lab.panels.items()})
+
+def _read_state(state:Any) -> dict:
+    "A state as dict, from a dict, JSON or a Path. ValueError for anything else."
+    if isinstance(state, Path): state = state.read_text(encoding="utf-8")
+    if not isinstance(state, dict): state = json.loads(state)
+    kind = state.get("kind") if isinstance(state, dict) else type(state).__name__
+    if kind != _state_kind: raise ValueError(f"this is no state of a Lab: its kind is {kind!r}, not {_state_kind!r}")
+    if missing := {"weights", "front", "seen", "history", "at", "back", "ahead", "panels"} - state.keys(): raise ValueError(f"this state of a Lab is not complete: {', '.join(sorted(missing))} missing")
+    return state
 
 def _from_state(cls, state:Any, playground:Any, parts:dict) -> Lab:
-    "A Lab with the same history and view. ValueError for what is no state, or of other weights."
-    if not isinstance(state, dict): state = json.loads(Path(state).read_text(encoding="utf-8") if isinstance(state, Path) else state)
-    if state.get("kind") != _state_kind: raise ValueError(f"this is no state of a Lab: its kind is {state.get('kind')!r}, not {_state_kind!r}")
-    lab = cls(playground, **parts).wait(); s = lab.session
-    if s.checked != state["weights"]: lab.close(); raise ValueError(f"this state belongs to weights {state['weights']}, the model has {s.checked}: load the same model, unedited")
+    "A Lab with the same history and view. ValueError for what is no state, or of other weights; then nothing is left behind."
+    state = _read_state(state)
+    lab = cls(playground, **parts)
+    try: _resume(lab.wait(), state)
+    except BaseException as e:
+        if lab.session.basis is not None: lab.session.reset()
+        lab.close()
+        if isinstance(e, (KeyError, TypeError, IndexError, TraitError)): raise ValueError(f"this state cannot be restored: {type(e).__name__}: {e}") from e
+        raise
+    return lab
+
+def _resume(lab:Lab, state:dict) -> None:
+    "History and controls of a state; what was measured is measured again for the state in place."
+    s = lab.session
+    if s.checked != state["weights"]: raise ValueError(f"this state belongs to weights {state['weights']}, the model has {s.checked}: load the same model, unedited")
     with s.lock:
-        for spec in state["history"]: s.states.append(State(_spec_name(spec), spec, _make(s, spec)))
-        s.goto(state["at"])
-        if s.now.spec: s.now.seen, s.now.control = s.look(), None
+        if state["seen"] != s.seen: _measure_anew(s, state["seen"], True)
+        for spec in state["history"]: spec = dict(spec); control = spec.pop("control"); s.states.append(State(_spec_name(spec), spec, _make(s, spec), control=control or None))
+        s.goto(state["at"]); s.back[:], s.ahead[:] = state["back"], state["ahead"]
+        _measure_missing(s)
     for n, p in state["panels"].items(): lab.panels[n].restore(p)
     lab.tabs.selected_index = state["front"]
-    return lab
+    _changed(s)
+
+def _measure_missing(s:Session) -> None:
+    "What is not known of the state in place, as after `from_state` or on other passages; `control` True: it was measured once."
+    x = s.now
+    if not x.spec: return
+    if x.seen is None: x.seen = s.look()
+    if x.control is True:
+        with s.original(): x.control = _control(s, x.edit, True)

@@ -64,6 +64,7 @@ def lab(s):
 def text(w): return html.unescape(re.sub("<[^>]*>", "", w.value))
 def state(model): return {k: v.clone() for k, v in model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def dict_with(d, **kw): d.update(kw); return d
 def spec(rho=.5, blocks=(1, 2), projections=MLP, method="K-FAC", knob="rho"): return dict(method=method, knob=knob, strength=rho, blocks=list(blocks), projections=list(projections))
 
 
@@ -188,8 +189,8 @@ def test_a_click_does_what_the_method_does():
 def test_the_lines_of_python_do_the_same(lab, P):
     import curvtools.all as everything
     s = lab.session
-    names = {**vars(everything), **P, "factors": s.factors, "basis": s.basis, "session": s, "torch": torch, "text": "abcdefgh"}
-    run = lambda p: exec(p.line, names)
+    names = {**vars(everything), **P, "factors": s.factors, "basis": s.basis, "session": s, "torch": torch}
+    run = lambda p: exec(p.line, dict_with(names, panel=p))
     e = lab.explorer; e.choose(1, "down"); run(e); assert names["e"].target == e.eigen.target
     e.c.rho.value = .4; run(e); assert names["s"] == e.eigen.mask(rho=.4)
     e.show(3, 2); run(e); assert (names["c"].i, names["c"].j) == (3, 2)
@@ -464,6 +465,11 @@ def test_state_goes_out_and_in(P):
     with pytest.raises(ValueError, match="belongs to weights"): Lab.from_state(state, **parts(1))
     with pytest.raises(ValueError, match="no state of a Lab"): Lab.from_state({"kind": "x"}, **P)
     with pytest.raises(ValueError): Lab.from_state("{", **P)
+    for odd in ([1], None, {k: v for k, v in state.items() if k != "at"}): 
+        with pytest.raises(ValueError, match="no state of a Lab|not complete"): Lab.from_state(json.dumps(odd), **P)
+    for k, v in (("front", 77), ("at", 9), ("history", [dict(spec(), method="magic", control=False)]), ("panels", dict(editor=dict(blocks=[99])))):
+        with pytest.raises(ValueError): Lab.from_state(dict(state, **{k: v}), **P)
+        assert checksum(P["model"], lab.session.targets) == state["weights"]
 
 
 # --- other models, and less of everything
@@ -485,7 +491,8 @@ def test_other_shapes(name):
     m, g = tiny(name, torch.float32), torch.Generator().manual_seed(0)
     w = Windows(torch.randint(3, 37, (12, 16), generator=g))
     lab = Lab(model=m, tokenizer=Tok(), clean=w, heldout=w, memorized=Passages(Passage(r[:8], r[8:]) for r in w.ids.tolist()), plan=dict(collect=dict(targets="all"))).wait(120)
-    for t in lab.session.targets: lab.explorer.choose(t.block, t.projection)
+    for t in lab.session.targets:
+        if t.block == 1: lab.explorer.choose(t.block, t.projection)
     before = lab.checksum(); lab.editor.plan(rho=.5).apply(); assert lab.checksum() != before
     for p in lab.panels.values(): lab.show(p.title.lower()); assert "⚠" not in text(p.c.status), text(p.c.status)
     lab.editor.reset(); assert lab.checksum() == before
@@ -546,3 +553,80 @@ def test_a_worker_has_as_many_threads_as_its_caller(P):
         basis = collect(P["model"], P["clean"], targets="mlp", progress=False).eigen(P["model"], progress=False)
         assert all(torch.equal(basis[k].lam, lab.session.basis[k].lam) for k in lab.session.basis)
     finally: torch.set_num_threads(threads)
+
+
+# --- found by trying to break it
+
+def test_an_edit_in_place_does_not_hide_other_matrices(s):
+    lab = Lab(s); lab.editor.plan(rho=.5, blocks=[0, 1, 2], projections=MLP).apply()
+    for b in range(3):
+        for q in MLP: lab.explorer.choose(b, q)
+
+
+def test_a_cancel_is_over_when_the_job_is(lab):
+    e, d = lab.explorer, lab.show("editor")
+    e.c.stable.click(); e.c.cancel.click(); lab.wait(60)
+    d.plan(rho=.5).apply(); assert lab.session.active
+    x, y = Explorer(lab.session), Editor(lab.session)
+    x.close(); y.apply(); y.close()
+
+
+def test_one_panel_that_cannot_draw_does_not_stop_the_others(lab, monkeypatch):
+    import curvtools.widgets as w
+    lab.show("lens"); real = w.memory_score
+    monkeypatch.setattr(w, "heat_strip", lambda *a, **k: 1/0)
+    lab.editor.plan(rho=.5).apply()
+    assert lab.session.active and "ZeroDivisionError" in text(lab.lens.c.status) and "K-FAC" in text(lab.editor.c.readout) and lab.lens.stale
+
+
+def test_factors_without_text(P):
+    lab = Lab(model=P["model"], tokenizer=P["tokenizer"], memorized=P["memorized"], factors=collect(P["model"], P["clean"], targets="mlp", progress=False)).wait(60)
+    for p in lab.panels.values(): lab.show(p.title.lower()); assert "⚠" not in text(p.c.status), text(p.c.status)
+    assert "needs text" in text(lab.explorer.c.reading) and "EK-FAC" not in lab.editor.c.method.options
+
+
+def test_methods_of_another_range_and_back(lab):
+    ed = lab.show("editor").plan(rho=.7)
+    ed.plan(method="NPO"); assert 0 < ed.c.strength.value <= .01 == ed.c.strength_box.max
+    with pytest.raises(ValueError, match="between 0 and 0.01"): ed.plan(strength=.5)
+    ed.plan(method="K-FAC"); assert ed.c.strength.value == .9
+
+
+def test_a_failed_apply_or_visit_keeps_the_way_back_and_forth(s, monkeypatch):
+    import curvtools.widgets as w
+    for r in (.9, .6): s.apply(spec(r), False)
+    s.undo(); ahead, back, there = list(s.ahead), list(s.back), s.checksum()
+    ed, real = Editor(s), w.readout
+    monkeypatch.setattr(w, "readout", lambda *a, **k: 1/0)
+    with pytest.raises(ZeroDivisionError): s.apply(spec(.4), False)
+    monkeypatch.setattr(w, "readout", real)
+    assert (s.ahead, s.back, s.checksum(), s.at) == (ahead, back, there, 1)
+    with monkeypatch.context() as mp:
+        mp.setattr(s.states[2].edit, "apply", lambda m: 1/0)
+        ed.c.history.value = 2; ed.wait()
+    assert s.checksum() == there and ed.c.history.value == s.at == 1 and "failed" in text(ed.c.status)
+    ed.redo(); assert s.at == 2
+
+
+def test_live_moves_in_quick_succession(lab):
+    ed = lab.show("editor"); ed.c.live.value = True
+    for r in (.9, .8, .7, .6): ed.c.strength.value = r
+    lab.wait(60)
+    assert lab.session.now.spec["strength"] == .6 and not lab.session.job and len(lab.session.states) == 2
+
+
+def test_other_passages_go_along_with_the_state(P):
+    lab = Lab(Session(**P).load()); ed = lab.show("editor")
+    ed.c.seen.value = 4; lab.wait(60)
+    ed.plan(rho=.5).apply(); ed.apply(); ed.undo()
+    state, rows = lab.state, ed.c.readout.value
+    lab.session.reset()
+    again = Lab.from_state(state, **P)
+    assert again.state == state and again.show("editor").c.readout.value == rows and "n = 12" in text(again.editor.c.readout)
+    again.editor.redo(); assert again.session.now.seen is not None and "control" in again.editor.c.readout.value
+
+
+def test_a_plan_of_other_blocks(P):
+    lab = Lab(**dict(P, plan=dict(keep=[dict(rho=.8, blocks=[1])])), factors=collect(P["model"], P["clean"], targets="mlp", blocks=[0, 2], progress=False)).wait(60)
+    assert list(lab.editor.c.blocks.options) == [0, 2] and lab.editor.c.strength.value == .8
+    lab.explorer.step(-1); assert lab.explorer.eigen.target.block == 0

@@ -741,6 +741,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'curvtools.sweep._cell_line': ('sweep.html#_cell_line', 'curvtools/sweep.py'),
                                  'curvtools.sweep._cell_row': ('sweep.html#_cell_row', 'curvtools/sweep.py'),
                                  'curvtools.sweep._changed': ('sweep.html#_changed', 'curvtools/sweep.py'),
+                                 'curvtools.sweep._check_call': ('sweep.html#_check_call', 'curvtools/sweep.py'),
                                  'curvtools.sweep._check_sets': ('sweep.html#_check_sets', 'curvtools/sweep.py'),
                                  'curvtools.sweep._crossing': ('sweep.html#_crossing', 'curvtools/sweep.py'),
                                  'curvtools.sweep._effects': ('sweep.html#_effects', 'curvtools/sweep.py'),

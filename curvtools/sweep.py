@@ -7,7 +7,7 @@ __all__ = ['Measure', 'Readout', 'readout', 'content_key', 'Method', 'contenders
            'Coupling', 'coupling', 'Choice', 'choose_blocks']
 
 # %% ../nbs/09_sweep.ipynb #df0c0d9c
-import hashlib, itertools, json, math, time, types
+import hashlib, inspect, itertools, json, math, time, types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from decimal import Decimal
@@ -350,10 +350,18 @@ def _fixed(edit:Edit, seed:None=None) -> Edit: return edit
 def _by_chance(edit:Edit, seed:int=0) -> Edit: return edit.random(seed)
 
 # %% ../nbs/09_sweep.ipynb #22660420
+def _check_call(name:str, m:Method, gridded:bool):
+    "TypeError where the method cannot be called with its knob, and with blocks where the grid has some."
+    try: takes = inspect.signature(m.make)
+    except (ValueError, TypeError): return                                  # a function that does not say what it takes
+    try: takes.bind_partial(**{m.knob: None}, **(dict(blocks=None) if gridded else {}))
+    except TypeError as e: raise TypeError(f"{name}: {e}; it takes {', '.join(takes.parameters)}. Name one of them as the knob.") from None
+
 def _grid(methods:dict, blocks:Any, keys:tuple) -> list: # of (name, method, strength, blocks, key)
     "Every cell that is asked for, with its digest."
     out, bs = [], [None] if blocks is None else [_listed(b) for b in blocks]
     for name, m in methods.items():
+        _check_call(name, m, blocks is not None)
         made = content_key(m.make, m.knob)
         out += [(name, m, s, b, content_key(__version__, *keys, made, s, b)) for b in bs for s in m.strengths]
     return out

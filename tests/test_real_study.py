@@ -32,4 +32,4 @@ def test_the_study_has_its_outputs():
     assert not [c["id"] for c in cells for o in c["outputs"] if o["output_type"] == "error"]
     assert not [c["id"] for c in slow if "print(" in "".join(c["source"]) and not c["outputs"]]
     says = "".join("".join(o.get("text", "")) for c in slow for o in c["outputs"])
-    assert "perplexity of code" in says and "perplexity of prose" in says, "the verdict is computed and kept"
+    assert all(f"{m:<20} +" in says for m in ("code.ppl_ratio", "prose.ppl_ratio")), "the paired differences are computed and kept"

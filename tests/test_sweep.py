@@ -232,6 +232,14 @@ def test_strengths_by_block_survive_the_disk(model, basis, sets, tmp_path):
 def test_refused_before_anything_runs(model, two, sets, kw, error, says):
     with pytest.raises(error, match=says): sweep(model, **{**dict(methods=two), **sets, **kw}, progress=False)
 
+def test_a_misspelt_knob_is_refused_before_anything_is_measured(model, basis, sets, monkeypatch):
+    "Also where blocks are asked of a method that takes none; a function that takes anything passes."
+    import curvtools.sweep as module
+    monkeypatch.setattr(module, "readout", lambda *a, **kw: pytest.fail("it measured"))
+    with pytest.raises(TypeError, match="SVD: .*'rank'.* it takes .*rho"): sweep(model, {"SVD": Method(partial(keep, basis), "rank")}, **sets, progress=False)
+    with pytest.raises(TypeError, match="own: .*'blocks'"): sweep(model, {"own": Method(lambda rho: keep(basis, rho=rho))}, **sets, blocks=[[0]], progress=False)
+    module._check_call("any", Method(lambda **kw: keep(basis, **kw)), True)
+
 def test_passages_of_another_vocabulary_or_length_are_refused(model, two):
     with pytest.raises(ValueError, match="vocabulary"): sweep(model, two, Passages([Passage((3, 4), (99,))]), progress=False)
     with pytest.raises(ValueError, match="context"): sweep(model, two, Passages([Passage((3,)*60, (4,)*20)]), progress=False)

@@ -116,7 +116,7 @@ def test_apply_read_undo_redo_reset(lab, artifact, jupyter):
     assert now["strict recitation, memorised"][0] > 90 and now["strict recitation, memorised"][1] < 5
     assert now["perplexity"][1] < 1.05*now["perplexity"][0] and now["perplexity"][2] > 1.2*now["perplexity"][0]
     history = lab.role("listbox", "History").get_by_role("option")
-    assert history.count() == 2 and "K-FAC, rho 0.845" in history.nth(1).inner_text()
+    assert history.count() == 2 and history.nth(1).inner_text().replace("\xa0", " ") == "1: K-FAC, rho 0.845, blocks 1, 2, q k v o"
 
     lab.tab("Probe").has("Passage 1 of"); lab.out.get_by_role("group", name="edited").wait_for()       # both continuations
     assert lab.out.get_by_role("group", name="original").count() == 1
@@ -130,7 +130,7 @@ def test_apply_read_undo_redo_reset(lab, artifact, jupyter):
     lab.tab("Probe").has("Passage"); lab.out.get_by_role("group", name="edited").wait_for(state="detached")
     lab.tab("Editor"); lab.press("Redo"); lab.weights("edited"); lab.says("redo: done"); assert lab.checksum() == edited
     lab.press("Reset"); lab.weights("original"); lab.says("reset: done"); assert lab.checksum() == original
-    lab.role("listbox", "History").select_option("1: K-FAC, rho 0.845, blocks 1, 2, q k v o"); lab.weights("edited"); lab.says("visit: done")
+    lab.role("listbox", "History").select_option(index=1); lab.weights("edited"); lab.says("visit: done")
     assert lab.checksum() == edited
     lab.press("Reset"); lab.weights("original"); lab.says("reset: done"); assert lab.checksum() == original
     lab.tab("Explorer")
@@ -171,7 +171,8 @@ def test_two_panels_of_one_session(lab):
 def test_cancel_a_long_job(lab):
     long = Hands(lab.nb, lab.nb.run("long = Lab(pg, collect_on=10**6)\nlong"))
     long.says("collecting curvature, batch [2-9]"); long.press("Cancel")
-    long.says("curvature: cancelled"); assert long.role("button", "Cancel").is_disabled()
+    long.out.get_by_role("status").filter(has_text="curvature: cancelled").wait_for(timeout=8000)      # soon, not when all is done
+    assert long.role("button", "Cancel").is_disabled()
     lab.page.wait_for_timeout(200)
     lab.tab("Editor").weights("original"); lab.tab("Probe"); lab.press("Next passage"); lab.has("Passage [23] of"); lab.says("passage: done")
     assert lab.out.get_by_role("group", name="original").inner_text()                                   # the model works on
@@ -179,12 +180,12 @@ def test_cancel_a_long_job(lab):
 
 
 def test_a_lab_from_its_state(lab):
-    lab.tab("Probe"); lab.role("combobox", "Seen").select_option("64 times"); lab.has("Passage 1 of .*seen 64 times")
+    lab.tab("Probe"); lab.role("combobox", "Seen").select_option("64 times"); lab.has(r"Passage \d+ of .*seen 64 times")
     lab.tab("Editor"); lab.press("Reset") if lab.role("button", "Reset").is_enabled() else None; lab.weights("original"); original = lab.checksum()
     states = lab.role("listbox", "History").get_by_role("option").all_inner_texts()
     again = Hands(lab.nb, lab.nb.run("import json\nstate = json.loads(json.dumps(lab.state | dict(at=1)))\nagain = Lab.from_state(state, pg, factors=lab.session.factors)\nagain"))
     again.weights("edited")                                      # the tab that was in front, the history, and where in it
     assert again.role("listbox", "History").get_by_role("option").all_inner_texts() == states and again.checksum() != original
-    again.tab("Probe").has("Passage 1 of .*seen 64 times")
+    again.tab("Probe").has(r"Passage \d+ of .*seen 64 times")
     again.tab("Editor"); again.press("Reset"); again.weights("original"); assert again.checksum() == original
     lab.tab("Explorer")

@@ -15,6 +15,7 @@ def test_the_lab_comes_up_and_answers(browser, tmp_path):
         page.goto(url, wait_until="domcontentloaded")
         page.get_by_role("heading", name="lab", exact=True).wait_for()
         page.locator('img[alt*="Kept pairs of model.layers.2."]').wait_for()
+        page.get_by_role("status").filter(has_text="curvature: done").wait_for()
         page.get_by_role("button", name="Next block", exact=True).click()
         page.locator('img[alt*="Kept pairs of model.layers.3."]').wait_for()
         page.get_by_role("tab", name="Probe").click(); page.get_by_text("recited: all").first.wait_for()

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+import curvtools.cli
 import curvtools.zoo
 from curvtools.cli import Demo, _html_table, demo, load_model, main, report
 from curvtools.data import Passage, Passages, save_passages
@@ -31,7 +32,7 @@ def test_help_answers_in_under_a_second():
     took = []
     for _ in range(3):   # the best of three, so that a busy machine does not decide
         start = time.perf_counter(); r = shell("--help"); took.append(time.perf_counter() - start)
-        assert r.returncode == 0 and all(c in r.stdout for c in ("demo", "collect", "edit", "recite", "evaluate"))
+        assert r.returncode == 0 and all(c in r.stdout for c in ("demo", "collect", "edit", "recite", "evaluate", "lab"))
     assert min(took) < 1, took
 
 
@@ -42,7 +43,7 @@ try: main(sys.argv[1:])
 except SystemExit: pass
 heavy = {"torch", "transformers", "datasets", "numpy", "matplotlib", "safetensors", "ipywidgets"} & set(sys.modules)
 assert not heavy, heavy"""
-    for args in (["--help"], ["demo", "--help"], ["collect", "--help"], ["--version"], []):
+    for args in (["--help"], ["demo", "--help"], ["collect", "--help"], ["lab", "--help"], ["lab", "/absent"], ["--version"], []):
         r = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
         assert r.returncode == 0, r.stderr
 
@@ -294,6 +295,10 @@ def bad(place):
     # the line itself
     ("nonsense", "invalid choice"),
     ("collect lm --text text.txt", "--out"),
+    # the Lab
+    ("lab absent", "no folder absent"),
+    ("lab text.txt", "no folder text.txt"),
+    ("lab --wrong", "--wrong"),
 ])
 def test_bad_input(run, bad, line, says):
     there = sorted(p.name for p in bad.iterdir())
@@ -317,6 +322,54 @@ def test_debug_shows_the_traceback(run, bad):
 def test_errors_reach_the_shell(tmp_path):
     r = shell("evaluate", tmp_path/"absent", "--text", __file__)
     assert r.returncode == 2 and r.stdout == "" and len(r.stderr.strip().splitlines()) == 1 and r.stderr.startswith("curvtools evaluate: there is no folder")
+
+
+# --- the Lab --------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    "The command lines that would have been run, in an empty folder."
+    lines = []
+    monkeypatch.setattr("curvtools.cli._serve", lambda line: lines.append(line) or 0); monkeypatch.chdir(tmp_path)
+    return lines
+
+
+def test_lab_copies_the_notebook_and_serves_it(served, tmp_path):
+    assert main(["lab"]) == 0
+    assert served == [[sys.executable, "-m", "jupyterlab", "curvtools-lab.ipynb"]]
+    assert [p.name for p in tmp_path.iterdir()] == ["curvtools-lab.ipynb"]
+    nb = json.loads((tmp_path/"curvtools-lab.ipynb").read_text())
+    assert nb["nbformat"] == 4 and any("Lab(pg)" in "".join(c["source"]) for c in nb["cells"])
+
+
+def test_lab_uses_a_notebook_that_is_there(served, tmp_path):
+    (tmp_path/"class").mkdir(); mine = tmp_path/"class"/"curvtools-lab.ipynb"; mine.write_text("my answers")
+    assert main(["lab", "class", "--no-browser", "--", "--port=8890", "--allow-root", "--", "x"]) == 0
+    assert mine.read_text() == "my answers" and served[0][2:] == ["jupyterlab", "class/curvtools-lab.ipynb", "--no-browser", "--port=8890", "--allow-root", "--", "x"]
+    assert main(["lab", "--voila", "class"]) == 0 and served[1][2:] == ["voila", "class/curvtools-lab.ipynb"]
+
+
+@pytest.mark.parametrize("args, package", [([], "jupyterlab"), (["--voila"], "voila")])
+def test_lab_without_the_server(served, tmp_path, monkeypatch, capsys, args, package):
+    monkeypatch.setattr("curvtools.cli.importlib.util.find_spec", lambda name: None)
+    assert main(["lab", *args]) == 2
+    assert f"pip install {package}" in capsys.readouterr().err and not served and not list(tmp_path.iterdir())
+
+
+def test_lab_where_a_folder_has_that_name(served, tmp_path, capsys):
+    (tmp_path/"curvtools-lab.ipynb").mkdir()
+    assert main(["lab"]) == 2 and "is a folder" in capsys.readouterr().err and not served
+
+
+def test_the_server_decides_about_ctrl_c(monkeypatch):
+    class Server:
+        asked = 0
+        def wait(self):
+            self.asked += 1
+            if self.asked == 1: raise KeyboardInterrupt
+            return 7
+    monkeypatch.setattr("curvtools.cli.subprocess.Popen", lambda line: Server())
+    assert curvtools.cli._serve(["x"]) == 7
 
 
 # --- cancelling -----------------------------------------------------------------------------------------------------------------

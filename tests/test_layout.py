@@ -43,6 +43,12 @@ def test_readme_matches_index():
     assert made == (ROOT/"README.md").read_text(), "README.md differs from nbs/index.ipynb: run python nbs/_readme.py"
 
 
+def test_the_packaged_lab_notebook_is_the_tutorial():
+    own = ROOT/"curvtools"/"static"/"lab.ipynb"
+    assert filecmp.cmp(ROOT/"nbs"/"tutorials"/"lab.ipynb", own, shallow=False), "differs: cp nbs/tutorials/lab.ipynb curvtools/static/"
+    assert own.stat().st_size < 20_000
+
+
 def test_notebooks_are_clean():
     for p in (ROOT/"nbs").rglob("*.ipynb"):
         nb = json.loads(p.read_text())

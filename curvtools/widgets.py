@@ -53,7 +53,7 @@ def _in_lane(f:Callable) -> Callable:
         with self.lock, torch.inference_mode(): return f(self, *args, **kw)
     return method
 
-# %% ../nbs/11_widgets.ipynb #cdd68de7
+# %% ../nbs/11_widgets.ipynb #a4832e75
 class Cancelled(Exception): "The user pressed Cancel."
 
 @contextmanager
@@ -66,7 +66,7 @@ def stoppable(
     def check(*_):
         if cancel.is_set(): raise Cancelled("cancelled; the model is as it was")
         tick()
-    handle = model.register_forward_pre_hook(check)
+    handle = getattr(model, "base_model", model).register_forward_pre_hook(check)   # which all of them run through
     try: yield
     finally: handle.remove()
 
@@ -189,14 +189,14 @@ def _sample(s:Session, seen:int) -> dict: # arguments of `readout`
     ps = {k: some_of(v, n["passages"]) for k, v in (("memorised", often), ("unseen", s.unseen)) if v}
     return dict(passages=ps, windows={"heldout": _first(s.heldout, n["tokens"])} if s.heldout is not None else {}, items=_some_questions(s.tasks, n["questions"]))
 
-# %% ../nbs/11_widgets.ipynb #a264d0b4
+# %% ../nbs/11_widgets.ipynb #56845b49
 def _load(s:Session, tell:Callable) -> None:
     "Collect the factors if there are none, decompose them, and measure the original. Not in inference mode: collecting needs gradients."
     with s.lock, s.original(), stoppable(s.model, s.cancel):
         if s.factors is None:
             data, kw = s.curvature_data, (s.plan or {}).get("collect", {})
             total = len(data) if hasattr(data, "__len__") else 0
-            s.factors = collect(s.model, _watched(data, lambda i: tell(i, total, "collecting curvature, batch")), progress=False, **kw)
+            s.factors = collect(s.model, _watched(s, data, lambda i: tell(i, total, "collecting curvature, batch")), progress=False, **kw)
         def each(done, total, name):
             if s.cancel.is_set(): raise Cancelled("cancelled; the model is as it was")
             tell(done, total, f"decomposing {name}")
@@ -206,9 +206,12 @@ def _load(s:Session, tell:Callable) -> None:
         tell(0, 1, "measuring the original")
         s.states[0].seen = s.look()
 
-def _watched(batches:Iterable, tell:Callable) -> Iterable:
-    "The same batches, counted."
-    for i, b in enumerate(batches): tell(i); yield b
+def _watched(s:Session, batches:Iterable, tell:Callable=lambda i: None) -> Iterable:
+    "The same batches, counted; none after Cancel."
+    for i, b in enumerate(batches):
+        if s.cancel.is_set(): raise Cancelled("cancelled; the model is as it was")
+        tell(i)
+        yield b
 
 def _look(s:Session, questions:bool, quick:bool) -> Any: # Readout or Sorted
     "Measure the weights that are in the model now; quick: only whether it recites, and perplexity."
@@ -230,7 +233,7 @@ def _measures(s:Session, seen:Any) -> dict: # name -> Measure
     "All measures of a state, with those relative to the original."
     return seen.measures(_alike(s.states[0].seen, seen))
 
-# %% ../nbs/11_widgets.ipynb #1a89dcaa
+# %% ../nbs/11_widgets.ipynb #8e647a7f
 trained = ("BSN", "gradient ascent", "NPO") # they are shown half of the passages
 
 def _methods(s:Session) -> dict: # name -> Method
@@ -250,7 +253,7 @@ def _method_names(s:Session) -> list:
 def _make(s:Session, spec:dict) -> Any: # Edit
     "The edit that a spec describes; the original weights must be in the model."
     if spec["method"] == "plan": return planned(s.basis, s.plan)
-    if spec["method"] == "EK-FAC" and s.moments is None: s.moments = second_moments(s.model, s.basis, s.curvature_data, progress=False)
+    if spec["method"] == "EK-FAC" and s.moments is None: s.moments = second_moments(s.model, s.basis, _watched(s, s.curvature_data), progress=False)
     m, at = _methods(s)[spec["method"]], {k: list(spec[k]) for k in ("blocks", "projections")}
     return m.make(**{spec["knob"]: spec["strength"]}, **at)
 
@@ -488,7 +491,7 @@ def _set(widget:Any, options:list, value:Any=None) -> None:
     widget.options = options
     widget.value = keep if keep in values else values[0] if values else None
 
-# %% ../nbs/11_widgets.ipynb #f9536f8b
+# %% ../nbs/11_widgets.ipynb #2ae4f404
 def _changed(s:Session, fill:bool=False, by:Any=None) -> None:
     "Tell the panels that the weights changed, or (fill) that there is a new basis. Those that nobody sees are redrawn when they are seen; `by` is the one that did it."
     for p in list(s.panels):
@@ -499,7 +502,7 @@ def _changed(s:Session, fill:bool=False, by:Any=None) -> None:
 def _enable(p, on:bool) -> None:
     "All controls on or off; Cancel only where something runs."
     for name, w in vars(p.c).items():
-        if hasattr(w, "disabled") and name != "cancel": w.disabled = not on
+        if hasattr(w, "disabled") and name not in ("cancel", *(("undo", "redo", "reset") if on else ())): w.disabled = not on   # those are the Editor's to switch on
 
 def _value(what:str, value:Any, options:Iterable) -> Any:
     "The value, if it is among the options; ValueError that says what there is."
@@ -803,7 +806,7 @@ def _show_component(p, i:int|None, j:int|None) -> None:
         p.c.component.value = x.i, x.j
     _draw_component(p)
 
-# %% ../nbs/11_widgets.ipynb #994d18db
+# %% ../nbs/11_widgets.ipynb #50885d1a
 def _two_halves(p) -> None:
     "Curvature of this matrix on each half of the data, and how far the two bases agree."
     s, t = p.session, p.eigen.target
@@ -813,7 +816,7 @@ def _two_halves(p) -> None:
     kw = dict(targets="all", blocks=[t.block], projections=[t.projection], progress=False)
     with torch.inference_mode(False), stoppable(s.model, s.cancel), s.original():
         done = []
-        for k, half in enumerate((a, b)): _tell(p, k, 2, "curvature on half"); done.append(eigen(collect(s.model, half, **kw), s.model, progress=False)[t.name])
+        for k, half in enumerate((a, b)): _tell(p, k, 2, "curvature on half"); done.append(eigen(collect(s.model, _watched(s, half), **kw), s.model, progress=False)[t.name])
     bands_of = ((0, .02), (.02, .1), (.1, .5), (.5, 1)) if min(t.d_out, t.d_in) >= 100 else ((0, .1), (.1, .5), (.5, 1))
     s.cache["overlap", t.name] = band_overlap(*done, bands_of)
 

@@ -1242,6 +1242,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'curvtools.widgets._sample': ('widgets.html#_sample', 'curvtools/widgets.py'),
                                    'curvtools.widgets._say': ('widgets.html#_say', 'curvtools/widgets.py'),
                                    'curvtools.widgets._scale': ('widgets.html#_scale', 'curvtools/widgets.py'),
+                                   'curvtools.widgets._scrolled': ('widgets.html#_scrolled', 'curvtools/widgets.py'),
                                    'curvtools.widgets._set': ('widgets.html#_set', 'curvtools/widgets.py'),
                                    'curvtools.widgets._set_of': ('widgets.html#_set_of', 'curvtools/widgets.py'),
                                    'curvtools.widgets._set_range': ('widgets.html#_set_range', 'curvtools/widgets.py'),

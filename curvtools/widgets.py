@@ -377,8 +377,8 @@ def preview_html(d:dict) -> str: # HTML
     more = "".join(f", {d[k]:.1%} of {w}" for k, w in (("mass", "the curvature mass"), ("energy", "|W|²")) if d[k] is not None)
     return f"Would keep <b>{d['kept']:,}</b> of {d['total']:,} pairs ({d['share']:.1%}){more}, in {n}; and remove {d['total'] - d['kept']:,}."
 
-# %% ../nbs/11_widgets.ipynb #8200d989
-_wide, _named = dict(width="auto"), dict(description_width="92px")
+# %% ../nbs/11_widgets.ipynb #1ac1adfd
+_wide, _named = dict(width="auto"), dict(description_width="110px")
 def _drop(name:str, **kw) -> W.Dropdown: return W.Dropdown(description=name, layout=_wide, style=_named, **kw)
 def _many(name:str, rows:int=4) -> W.SelectMultiple: return W.SelectMultiple(description=name, rows=rows, layout=_wide, style=_named)
 def _button(name:str, tip:str, **kw) -> W.Button: return W.Button(description=name, tooltip=tip, layout=dict(width="auto", flex="1 1 auto"), **kw)
@@ -397,6 +397,7 @@ def _row(*widgets, **layout) -> W.Box: return W.Box(widgets, layout=dict(display
 def _cells(widgets:Iterable, flex:str, **layout) -> list: # of Box
     "Each widget in a box that grows and wraps."
     return [W.Box([w], layout=dict(flex=flex, min_width="0", display="block", **layout)) for w in widgets]
+def _scrolled(rows:list, note:str="") -> str: return f'<div style="overflow-x:auto;line-height:1.4">{_html_table(rows, note)}</div>'   # narrow pages scroll a table, not themselves
 def _picture() -> W.HTML: return W.HTML(layout=dict(flex="1 1 320px", max_width="440px", min_width="0"))
 
 # %% ../nbs/11_widgets.ipynb #0294c91a
@@ -761,7 +762,7 @@ def _draw_kept(p) -> None:
                        f'{e.mass_share(s):.2%} of the mass, {e.energy_share(s):.2%} of |W|².</div>')
     _code(p, f'e = basis["{e.target.name}"]\ns = e.mask(rho={rho:g}); s, e.mass_share(s), e.energy_share(s)')
 
-# %% ../nbs/11_widgets.ipynb #503ab616
+# %% ../nbs/11_widgets.ipynb #99b5fefe
 def _draw_components(p) -> None:
     "The table of the first and the last components, and the chosen one."
     e, k, by = p.eigen, p.c.k.value, p.c.by.value
@@ -770,7 +771,7 @@ def _draw_components(p) -> None:
     if own is not None and own not in [v for _, v in options]: options.append((f"i {own[0]}, j {own[1]}", own))
     p.data["of"] = e.target.name
     with _quiet(p): _set(p.c.component, options)
-    p.c.table.value = _html_table([{"": n, "i (output)": x.i, "j (input)": x.j, "curvature λ_i μ_j": f"{x.curvature:.3g}", "share of the mass": f"{x.curvature/max(e.mass, 1e-300):.2%}", "coefficient C_ij": f"{x.coefficient:+.3g}"} for n, x in rows],
+    p.c.table.value = _scrolled([{"": n, "i (output)": x.i, "j (input)": x.j, "curvature λ_i μ_j": f"{x.curvature:.3g}", "share of the mass": f"{x.curvature/max(e.mass, 1e-300):.2%}", "coefficient C_ij": f"{x.coefficient:+.3g}"} for n, x in rows],
         f"{e.target.name}, ordered by {'curvature' if by == 'curvature' else '|coefficient|'}, {len(e.lam)*len(e.mu):,} components in all")
     _draw_component(p)
 
@@ -930,7 +931,7 @@ def _read(p, index:int, which:str|None, tier:int, kind:str, split:int|None) -> N
         _set_split(p, split)
     p.draw()
 
-# %% ../nbs/11_widgets.ipynb #8998c498
+# %% ../nbs/11_widgets.ipynb #76730374
 def _draw_passage(p) -> None:
     "The chosen passage, its continuations and their numbers."
     s, c = p.session, p.c
@@ -939,7 +940,7 @@ def _draw_passage(p) -> None:
     about = ", ".join(filter(None, [x.label, x.source, x.kind, f"seen {x.count or x.tier} times" if x.tier else "" if c.which.value == "your text" else "never seen in training"]))
     (before, facts), after = s.continuations(x)
     c.text.value = f"<div>Passage {k} of {len(p.passages)}: {html.escape(_visible(about))}</div>{side_by_side(s.tokenizer, x, before, after and after[0], facts=(facts, after and after[1]))}"
-    c.numbers.value = _html_table(_numbers(s, x, before, after), "(100, .5): would 100 samples hold the suffix with a chance of one half; p_z: its probability in one sample")
+    c.numbers.value = _scrolled(_numbers(s, x, before, after), "(100, .5): would 100 samples hold the suffix with a chance of one half; p_z: its probability in one sample")
     name = f"{s.names['memorized' if c.which.value == 'memorised' else 'unseen']}{_where(c)}[{k - 1}]" if c.which.value != "your text" else f"Passage({x.prefix}, {x.suffix})"
     same = len(x.prefix) == len(p.passages[k - 1].prefix)
     _code(p, f"p = {name}\n" + ("" if same or c.which.value == "your text" else f"p = Passage(p.ids[:{c.split.value}], p.ids[{c.split.value}:])\n") + f"recite({s.names['model']}, Passages([p])).show(0, tokenizer)")

@@ -16,6 +16,7 @@ EVIL = ("<script>window.pwned = 1; alert(1)</script> <img src=x onerror=\"window
 def lab(tutorial):
     "The Lab of the tutorial with the original weights; no cell may have complained afterwards."
     hands = Hands(tutorial, tutorial.outputs().first).tab("Editor")
+    hands.weights(""); hands.says("done|failed|cancelled")        # drawn, and its buttons say what can be done
     if hands.role("button", "Reset").is_enabled(): hands.press("Reset"); hands.weights("original")
     yield hands.tab("Explorer")
     assert tutorial.problems() == []

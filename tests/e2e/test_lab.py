@@ -141,14 +141,16 @@ def pictures(lab, artifact):
     "Each panel, light, dark and in a narrow window, where nothing may be wider than the page."
     lab.press("Measure bands"); lab.picture("Activation energy by band"); lab.says("bands: done")
     lab.tab("Probe"); lab.role("combobox", "Seen").select_option("256 times"); lab.type(lab.role("spinbutton", "Number"), "1"); lab.has("Passage 1 of 32")
-    text = " ".join(lab.out.get_by_role("group", name=n).inner_text() for n in ("prefix", "true suffix"))
+    text = "".join(lab.out.get_by_role("group", name=n).inner_text().replace("⏎", "") for n in ("prefix", "true suffix"))
     lab.tab("Lens"); lab.type(lab.role("textbox", "Text"), f"{text} And after that we went home, and she made tea for all of us, as it had begun to rain."); lab.says("score: done")
     lab.tab("Explorer"); lab.role("combobox", "Order by").select_option("curvature"); lab.has("ordered by curvature")
     try:
         lab.page.set_viewport_size(dict(width=1280, height=2700))
         for theme, light in (("JupyterLab Dark", "false"), ("JupyterLab Light", "true")):
             lab.nb.theme(theme, light)
-            for p in PANELS: lab.tab(p).page.wait_for_timeout(300); lab.out.screenshot(path=artifact(f"{p.lower()}-{'light' if light == 'true' else 'dark'}"))
+            for p in PANELS:
+                lab.tab(p).page.wait_for_timeout(300)
+                lab.out.screenshot(path=artifact(f"{p.lower()}-{'light' if light == 'true' else 'dark'}"))
         lab.page.set_viewport_size(dict(width=360, height=5200))
         for p in PANELS:
             lab.tab(p).page.wait_for_timeout(300); lab.out.screenshot(path=artifact(f"{p.lower()}-narrow"))

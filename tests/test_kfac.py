@@ -144,6 +144,9 @@ def test_one_repeated_input_gives_the_exact_block_fisher(name):
             grads = [torch.autograd.grad(l, p, retain_graph=True)[0] for l in logp]
         rows = torch.stack([(g.T if t.layout == "conv1d" else g).flatten() for g in grads])          # [V, d_out d_in]
         exact = rows.T @ (logp.exp().detach()[:, None] * rows)
+        if exact.abs().max() < 1e-28:                             # the first position attends to itself alone, so q and k have no gradient: what is left is rounding, squared, and differs from machine to machine
+            assert t.projection in ("q", "k") and f[t.name].G.abs().max() < 1e-28, t.name
+            continue
         assert near(torch.kron(f[t.name].G, f[t.name].A), exact), t.name
 
 

@@ -16,6 +16,7 @@ EVIL = ("<script>window.pwned = 1; alert(1)</script> <img src=x onerror=\"window
 def lab(tutorial):
     "The Lab of the tutorial with the original weights; no cell may have complained afterwards."
     hands = Hands(tutorial, tutorial.outputs().first).tab("Editor")
+    hands.weights(""); hands.says("done|failed|cancelled")        # drawn, and its buttons say what can be done
     if hands.role("button", "Reset").is_enabled(): hands.press("Reset"); hands.weights("original")
     yield hands.tab("Explorer")
     assert tutorial.problems() == []
@@ -139,10 +140,17 @@ def test_apply_read_undo_redo_reset(lab, artifact, jupyter):
 def pictures(lab, artifact):
     "Each panel, light, dark and in a narrow window, where nothing may be wider than the page."
     lab.press("Measure bands"); lab.picture("Activation energy by band"); lab.says("bands: done")
+    lab.tab("Probe"); lab.role("combobox", "Seen").select_option("256 times"); lab.type(lab.role("spinbutton", "Number"), "1"); lab.has("Passage 1 of 32")
+    text = "".join(lab.out.get_by_role("group", name=n).inner_text().replace("⏎", "") for n in ("prefix", "true suffix"))
+    lab.tab("Lens"); lab.type(lab.role("textbox", "Text"), f"{text} And after that we went home, and she made tea for all of us, as it had begun to rain."); lab.says("score: done")
+    lab.tab("Explorer"); lab.role("combobox", "Order by").select_option("curvature"); lab.has("ordered by curvature")
     try:
+        lab.page.set_viewport_size(dict(width=1280, height=2700))
         for theme, light in (("JupyterLab Dark", "false"), ("JupyterLab Light", "true")):
             lab.nb.theme(theme, light)
-            for p in PANELS: lab.tab(p).page.wait_for_timeout(300); lab.out.screenshot(path=artifact(f"{p.lower()}-{'light' if light == 'true' else 'dark'}"))
+            for p in PANELS:
+                lab.tab(p).page.wait_for_timeout(300)
+                lab.out.screenshot(path=artifact(f"{p.lower()}-{'light' if light == 'true' else 'dark'}"))
         lab.page.set_viewport_size(dict(width=360, height=5200))
         for p in PANELS:
             lab.tab(p).page.wait_for_timeout(300); lab.out.screenshot(path=artifact(f"{p.lower()}-narrow"))
@@ -174,7 +182,7 @@ def test_cancel_a_long_job(lab):
     long.out.get_by_role("status").filter(has_text="curvature: cancelled").wait_for(timeout=8000)      # soon, not when all is done
     assert long.role("button", "Cancel").is_disabled()
     lab.page.wait_for_timeout(200)
-    lab.tab("Editor").weights("original"); lab.tab("Probe").role("combobox", "Passages").select_option("memorised"); lab.has("Passage 1 of"); lab.press("Next passage"); lab.has("Passage 2 of"); lab.says("passage: done")
+    lab.tab("Editor").weights("original"); lab.tab("Probe"); lab.type(lab.role("spinbutton", "Number"), "1"); lab.has("Passage 1 of"); lab.press("Next passage"); lab.has("Passage 2 of")
     assert lab.out.get_by_role("group", name="original").inner_text()                                   # the model works on
     lab.tab("Explorer"); lab.nb.run("long.close()"); lab.nb.idle()
 

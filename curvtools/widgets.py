@@ -377,7 +377,7 @@ def preview_html(d:dict) -> str: # HTML
     more = "".join(f", {d[k]:.1%} of {w}" for k, w in (("mass", "the curvature mass"), ("energy", "|W|²")) if d[k] is not None)
     return f"Would keep <b>{d['kept']:,}</b> of {d['total']:,} pairs ({d['share']:.1%}){more}, in {n}; and remove {d['total'] - d['kept']:,}."
 
-# %% ../nbs/11_widgets.ipynb #1ac1adfd
+# %% ../nbs/11_widgets.ipynb #647d792c
 _wide, _named = dict(width="auto"), dict(description_width="110px")
 def _drop(name:str, **kw) -> W.Dropdown: return W.Dropdown(description=name, layout=_wide, style=_named, **kw)
 def _many(name:str, rows:int=4) -> W.SelectMultiple: return W.SelectMultiple(description=name, rows=rows, layout=_wide, style=_named)
@@ -397,7 +397,11 @@ def _row(*widgets, **layout) -> W.Box: return W.Box(widgets, layout=dict(display
 def _cells(widgets:Iterable, flex:str, **layout) -> list: # of Box
     "Each widget in a box that grows and wraps."
     return [W.Box([w], layout=dict(flex=flex, min_width="0", display="block", **layout)) for w in widgets]
-def _scrolled(rows:list, note:str="") -> str: return f'<div style="overflow-x:auto;line-height:1.4">{_html_table(rows, note)}</div>'   # narrow pages scroll a table, not themselves
+def _scrolled(rows:list, note:str="") -> str: # HTML
+    "A table that a narrow page scrolls in its place, its cells apart."
+    return f'<div style="overflow-x:auto;line-height:1.4">{_html_table(rows, note).replace("<td>", _apart.format("td")).replace("<th>", _apart.format("th"))}</div>'
+
+_apart = '<{} style="padding:2px 12px 2px 0;text-align:left">'
 def _picture() -> W.HTML: return W.HTML(layout=dict(flex="1 1 320px", max_width="440px", min_width="0"))
 
 # %% ../nbs/11_widgets.ipynb #0294c91a
@@ -453,7 +457,7 @@ def _tell(p, done:int, total:int, what:str) -> None:
     eta = f", about {(now - t0)/(done - d0)*(total - done):.0f} s left" if done > d0 and now - t0 > 1 and total else ""
     _say(p, f"{what} {done + 1} of {total}{eta} …" if total > 1 else f"{what} …")
 
-# %% ../nbs/11_widgets.ipynb #dfd3520f
+# %% ../nbs/11_widgets.ipynb #b6a58b02
 def _start(p, what:str, f:Callable) -> None:
     "Run f in a worker thread: bar and Cancel while it runs, then what changed meanwhile is redrawn."
     s = p.session
@@ -468,6 +472,7 @@ def _start(p, what:str, f:Callable) -> None:
         finally:
             s.job = ""
             s.cancel.clear()
+            if s.basis is not None: [_enable(q, True) for q in list(s.panels)]
             _show_job(p)
             for q in list(s.panels):
                 if q.late: _guard(q, "redraw", q.catch_up)()
@@ -529,7 +534,7 @@ class Snapshot:
         tmp.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.title)}</title><body style="font-family:sans-serif">{self.html}</body></html>', encoding="utf-8")
         return tmp.replace(path)
 
-# %% ../nbs/11_widgets.ipynb #ed10149b
+# %% ../nbs/11_widgets.ipynb #e4f3b4a1
 class Panel(W.VBox):
     "One view of a session: `Explorer`, `Probe`, `Editor`, `Spectrum` or `Lens`. Shared with other code, use `with panel.session.lock:`."
     title, keeps, shows = "", (), ()
@@ -580,10 +585,11 @@ class Panel(W.VBox):
         if "session" in vars(self):                               # not there if the arguments were refused
             if self in self.session.panels: self.session.panels.remove(self)
             if not self.session.panels: self.session.cancel.set() # nobody is left to look at what still runs
-        _close(self.children); super().close()
+        self._close(self.children); super().close()
+    _close = staticmethod(_close)                                 # at hand even while the interpreter ends
     def _repr_mimebundle_(self, **kw): return dict(super()._repr_mimebundle_(**kw) or {}, **{"text/html": self.snapshot().html})
 
-# %% ../nbs/11_widgets.ipynb #a7250a3d
+# %% ../nbs/11_widgets.ipynb #99af82d7
 def _load_all(p) -> None:
     "Under one lock, so that nobody meets panels that are not filled yet."
     with p.session.lock: p.session.load(lambda *a: _tell(p, *a)); _changed(p.session, True)
@@ -594,7 +600,8 @@ def _show_first(p) -> None:
     with p.session.lock: _try(p, p.redraw)
 
 def _fill(p) -> None:
-    with _quiet(p): p.fill(); _enable(p, True)
+    with _quiet(p): p.fill()
+    if not p.session.job: _enable(p, True)                            # else when the job is done
 
 def _try(p, f:Callable) -> None:
     "Do it in inference mode; an error goes to the status line."
@@ -762,7 +769,7 @@ def _draw_kept(p) -> None:
                        f'{e.mass_share(s):.2%} of the mass, {e.energy_share(s):.2%} of |W|².</div>')
     _code(p, f'e = basis["{e.target.name}"]\ns = e.mask(rho={rho:g}); s, e.mass_share(s), e.energy_share(s)')
 
-# %% ../nbs/11_widgets.ipynb #99b5fefe
+# %% ../nbs/11_widgets.ipynb #da9ea1bd
 def _draw_components(p) -> None:
     "The table of the first and the last components, and the chosen one."
     e, k, by = p.eigen, p.c.k.value, p.c.by.value
@@ -771,7 +778,7 @@ def _draw_components(p) -> None:
     if own is not None and own not in [v for _, v in options]: options.append((f"i {own[0]}, j {own[1]}", own))
     p.data["of"] = e.target.name
     with _quiet(p): _set(p.c.component, options)
-    p.c.table.value = _scrolled([{"": n, "i (output)": x.i, "j (input)": x.j, "curvature λ_i μ_j": f"{x.curvature:.3g}", "share of the mass": f"{x.curvature/max(e.mass, 1e-300):.2%}", "coefficient C_ij": f"{x.coefficient:+.3g}"} for n, x in rows],
+    p.c.table.value = _scrolled([{"component": n, "i (output)": x.i, "j (input)": x.j, "curvature λ_i μ_j": f"{x.curvature:.3g}", "share of the mass": f"{x.curvature/max(e.mass, 1e-300):.2%}", "coefficient C_ij": f"{x.coefficient:+.3g}"} for n, x in rows],
         f"{e.target.name}, ordered by {'curvature' if by == 'curvature' else '|coefficient|'}, {len(e.lam)*len(e.mu):,} components in all")
     _draw_component(p)
 
@@ -838,7 +845,7 @@ def _stability_note(p, i:int, j:int) -> str:
         text += f" Here: a direction of the flattest band finds a partner at |cos| {r['single']:.2f} in the other half (chance {r['single_chance']:.2f}); the bands overlap by {r['overlap']:.2f} (chance {r['chance']:.2f})."
     return f'<div style="margin-top:6px;line-height:1.4">{text}</div>'
 
-# %% ../nbs/11_widgets.ipynb #439a5225
+# %% ../nbs/11_widgets.ipynb #c6d18871
 class Probe(Panel):
     "Is this passage recited? The continuation beside the truth, original and edited."
     title, keeps, shows = "Probe", ("which", "tier", "kind", "index", "pasted", "split"), ("text", "numbers")
@@ -851,7 +858,7 @@ class Probe(Panel):
         c.text, c.numbers = W.HTML(layout=dict(flex="1 1 100%", min_width="0")), W.HTML()
         return [_row(*_cells([c.which, c.tier, c.kind, c.index], "1 1 210px", max_width="300px")), _row(*_cells([c.split, c.split_box], "1 1 220px", max_width="340px"), *_cells([c.prev, c.next], "0 1 140px"), *_cells([c.recited], "0 1 210px")), c.pasted, c.text, c.numbers]
     def wire(self):
-        self.on("passages", lambda: (self.settle(), self._start_over(), self.draw()), "which", "tier", "kind")
+        self.on("passages", lambda: (self.settle(), self._turn(-10**9)), "which", "tier", "kind")
         self.on("your text", lambda: (self._paste(), self.draw()), "pasted")
         self.on("passage", lambda: (self._start_over(), self.draw()), "index")
         self.on("split", lambda: self.draw(), "split")
@@ -985,7 +992,7 @@ def _draw_images(p) -> None:
     p.c.text.value = f"<div>Images {24*k + 1} to {24*k + len(i)} of {len(pg.memorized)} with a wrong label in training{flips}</div>{image_grid(pg.images[i], rows, marks)}"
     _code(p, f"i = pg.memorized[{24*k}:{24*k + 24}]\npredict(pg.model, pg.images[i]), pg.noised[i], pg.true[i]")
 
-# %% ../nbs/11_widgets.ipynb #0d83ec12
+# %% ../nbs/11_widgets.ipynb #0dbf7370
 class Editor(Panel):
     "Plan an edit, apply it, read what it did, undo; every state stays."
     title, keeps = "Editor", ("blocks", "projections", "method", "knob", "strength", "seen", "control", "questions")
@@ -999,7 +1006,7 @@ class Editor(Panel):
         c.undo, c.redo, c.reset = _button("Undo", "The state before"), _button("Redo", "The state that was undone"), _button("Reset", "The original weights, bit for bit")
         c.history = W.Select(description="History", options=[("0: original", 0)], value=0, rows=5, layout=_wide, style=_named)
         for n in ("weights", "preview", "readout"): setattr(c, n, W.HTML())
-        c.frontier = _picture(); c.frontier.layout.max_width = "560px"
+        c.frontier = W.HTML(layout=dict(max_width="560px"))
         plan = W.VBox([_heading("Plan an edit"), c.method, c.knob, c.strength, c.strength_box, c.blocks, c.projections, c.preview, c.seen, c.control, c.questions, c.live, _row(c.preview_now, c.apply), _row(c.undo, c.redo, c.reset), c.history],
                       layout=dict(flex="1 1 280px", max_width="380px", min_width="0", margin="0 20px 0 0"))
         return [_row(plan, W.VBox([_heading("What it recites, and what the edit cost"), c.weights, c.readout, c.frontier], layout=dict(flex="3 1 420px", min_width="0")))]
@@ -1175,7 +1182,7 @@ def _draw_frontier(p) -> None:
     names = list(dict.fromkeys(r["method"] for r in rows if r["strength"] is not None))
     p.figure("frontier", f"{len(own)} states: {y} against {x}, with controls", lambda f: frontier(rows, x, y, {"states of this session": names}, own[0], fig=f, top=max(r[y + "_high"] for r in rows)*1.02), rows, (5.6, 3.8))
 
-# %% ../nbs/11_widgets.ipynb #aabea6da
+# %% ../nbs/11_widgets.ipynb #7c55599c
 class Spectrum(Panel):
     "What an edit keeps of each kind of behaviour, and where in the spectrum each kind lives."
     title, keeps, shows = "Spectrum", ("block", "projection"), ("note", "bars", "bands")
@@ -1183,8 +1190,7 @@ class Spectrum(Panel):
         c = self.c
         c.block, c.projection = _drop("Block"), _drop("Input of")
         c.measure = _button("Measure bands", "Run memorised passages, ordinary text and the questions of each family through the model, and see in which curvature bands their activations lie")
-        c.note, c.bars, c.bands = W.HTML(), _picture(), _picture()
-        c.bars.layout.max_width = c.bands.layout.max_width = "640px"
+        c.note, c.bars, c.bands = W.HTML(), *(W.HTML(layout=dict(max_width="640px")) for _ in range(2))
         return [c.note, c.bars, _heading("Where each kind lives: activation energy in bands of the input directions, relative to ordinary text"),
                 _row(*_cells([c.block, c.projection], "1 1 200px", max_width="300px"), *_cells([c.measure], "0 1 150px")), c.bands]
     def wire(self):
@@ -1268,7 +1274,7 @@ def _draw_bands(p) -> None:
     p.figure("bands", f"Activation energy by band at the input of {p.c.projection.value} in block {p.c.block.value}, relative to ordinary text: " + "; ".join(dict.fromkeys(r["text"] for r in rows)), lambda f: band_lines(rows, f), rows, (6.4, 4.2))
     _code(p, f"bands({p.session.names['model']}, basis, session.sample['passages']['memorised'], session.sample['windows']['heldout'], blocks=[{p.c.block.value}], projections={p.c.projection.value!r})")
 
-# %% ../nbs/11_widgets.ipynb #3f489737
+# %% ../nbs/11_widgets.ipynb #dd3d0171
 class Lens(Panel):
     "Does this text look memorised? Each token coloured by the share of its activation energy in the flat directions."
     title, keeps, shows = "Lens", ("pasted", "width"), ("note", "before", "after")
@@ -1276,7 +1282,7 @@ class Lens(Panel):
         c = self.c
         c.pasted = W.Textarea(placeholder="paste any text", description="Text", layout=dict(width="auto", height="110px"), style=_named, continuous_update=False)
         c.width, c.width_box = _slider("Window", "Int", value=8, min=1, max=64)
-        c.note, c.before, c.after = (W.HTML(layout=dict(flex="1 1 320px", min_width="0")) for _ in range(3))
+        c.note, c.before, c.after = W.HTML(), *(W.HTML(layout=dict(flex="1 1 320px", min_width="0", margin="0 16px 0 0")) for _ in range(2))
         return [c.pasted, _row(*_cells([c.width, c.width_box], "1 1 220px", max_width="340px")), c.note, _row(c.before, c.after)]
     def wire(self): [getattr(self.c, n).observe(lambda _: None if self.quiet else _start(self, "score", self.redraw_in_lane), "value") for n in ("pasted", "width")]
     def redraw_in_lane(self):

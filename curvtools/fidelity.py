@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['fisher_block', 'ggn_block', 'hessian_block', 'kfac_block', 'directions', 'ekfac_block', 'log_r2', 'spearman',
-           'same_kept', 'Fidelity', 'component_curvature', 'fidelity', 'keep_order', 'judge']
+           'same_kept', 'Fidelity', 'component_curvature', 'fidelity', 'keep_order', 'judge', 'stability', 'by_rank',
+           'stability_table', 'stability_figure']
 
-# %% ../nbs/17_fidelity.ipynb #93e48bbc
+# %% ../nbs/17_fidelity.ipynb #63c7c1e3
 import inspect, math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .targets import Target, find_targets, weight
 from .kfac import Factors, _batch, _batches, _check_finite, _collect, _image, _text, collect, frozen
-from .decompose import Basis, Eigen, random_basis
+from .decompose import Basis, Eigen, _orthonormal, random_basis
 from .edit import Edit, Masked
 from .baselines import Moments, _largest, _MomentRecorder, second_moments
 from .recite import bootstrap
@@ -472,3 +473,76 @@ def judge(
     word = "supports" if yes else "does not support" if no else "leaves open"
     bar = f"at least {least:g}" if most is None else f"at most {most:g}"
     return f"{word}: {claim} ({bar} asked; {value:.2f} [{low:.2f}, {high:.2f}]{', ' + n if n else ''})"
+
+# %% ../nbs/17_fidelity.ipynb #93d19731
+def stability(
+    a:Basis, # of one half of the data, one seed, one checkpoint
+    b:Basis, # of another
+    bands:tuple=((0, .02), (.02, .1), (.1, .5), (.5, 1)), # (from, to) as shares of the directions, steepest first
+) -> list: # dicts: target, side, band, directions, overlap, chance, lift, single, single_chance
+    "How alike two bases are, for every matrix that both have, side and band, against chance. ValueError without a common matrix."
+    names = [k for k in a if k in b]
+    if not names: raise ValueError(f"the two bases have no matrix in common: {', '.join(list(a)[:2])} and {', '.join(list(b)[:2])}")
+    lift = lambda r: (r["overlap"] - r["chance"])/(1 - r["chance"])
+    return _Rows(dict(target=k, **r, lift=lift(r)) for k in names for r in band_overlap(a[k], b[k], bands))
+
+def by_rank(
+    a:Basis, b:Basis, # as for `stability`
+    side:str="A", # "A", input, or "G", output
+) -> tuple: # mean over matrices of the best |cosine| of direction 1, 2, ... [d]; the same of random directions, a number
+    "How well each single direction of a comes back anywhere in b."
+    best, chance, g = [], [], torch.Generator().manual_seed(0)
+    for k in (k for k in a if k in b):
+        U, V = getattr(a[k], f"U{side}").float(), getattr(b[k], f"U{side}").float()  # [d, d]
+        best.append((U.T@V).abs().amax(1)); chance.append((U.T@_orthonormal(len(U), g).to(U)).abs().amax(1).mean())
+    d = min(map(len, best))
+    return torch.stack([x[:d] for x in best]).mean(0), float(torch.stack(chance).mean())
+
+# %% ../nbs/17_fidelity.ipynb #a3a05d97
+def stability_table(
+    cases:dict, # name -> (basis, basis)
+    **kw, # bands
+) -> list: # dicts; prints as a table
+    "Mean over matrices, with bootstrap intervals of the lift, a row for each case, side and band."
+    out = _Rows()
+    for name, (a, b) in cases.items():
+        rows = stability(a, b, **kw)
+        for side, band in dict.fromkeys((r["side"], r["band"]) for r in rows):
+            rs = [r for r in rows if (r["side"], r["band"]) == (side, band)]
+            mean = lambda key: sum(r[key] for r in rs)/len(rs)
+            low, high = bootstrap([r["lift"] for r in rs])
+            out.append(dict(case=name, side=side, band=band, overlap=round(mean("overlap"), 3), chance=round(mean("chance"), 3), lift=round(mean("lift"), 3), low=round(low, 3), high=round(high, 3),
+                            single=round(mean("single"), 3), single_chance=round(mean("single_chance"), 3), n=len(rs)))
+    return out
+
+# %% ../nbs/17_fidelity.ipynb #c18013bd
+def _lifts(ax:Any, rows:list, name:str, k:int, n:int, style:tuple):
+    "Lift by band of one case, with intervals."
+    x = [i + .12*(k - (n - 1)/2) for i in range(len(rows))]
+    err = [[max(r["lift"] - r["low"], 0) for r in rows], [max(r["high"] - r["lift"], 0) for r in rows]]
+    ax.errorbar(x, [r["lift"] for r in rows], err, color=style[0], marker=style[1], linestyle=style[2], capsize=2, markersize=5, linewidth=1.3, label=name)
+    ax.set_xticks(range(len(rows)), [r["band"].replace(" %", "%") for r in rows], fontsize="small")
+
+_styles = ((BLUE, "o", "-"), (RED, "s", "--"), (GREEN, "^", "-."), (ORANGE, "D", ":"), (GREY, "v", "-"), ("#CC79A7", "P", "--"))
+
+# %% ../nbs/17_fidelity.ipynb #bd3245ac
+def stability_figure(
+    cases:dict, # name -> (basis, basis)
+    fig:Figure=None, # draw on this one again
+    **kw, # bands
+) -> Figure:
+    "Above: lift of each band over chance; below: how well single directions come back, by rank, with chance as a thin line. ValueError without cases."
+    if not cases: raise ValueError("there is nothing to draw: no cases")
+    fig, first = _axes(fig, (8.6, 6.4)); first.remove()
+    axes, table = fig.subplots(2, 2, sharey="row"), stability_table(cases, **kw)
+    for (top, low), side, title in zip(axes.T, "AG", ("A, input side", "G, output side")):
+        for k, (name, (a, b)) in enumerate(cases.items()):
+            style, (y, chance) = _styles[k % 6], by_rank(a, b, side)
+            _lifts(top, [r for r in table if (r["case"], r["side"]) == (name, side)], name, k, len(cases), style)
+            low.plot(range(1, len(y) + 1), y.cpu().numpy(), style[2], color=style[0], linewidth=1.3)
+            low.axhline(chance, color=style[0], linewidth=.7, alpha=.6)
+        _tidy(top); _tidy(low); top.axhline(0, color="black", linewidth=1); top.set_title(title, fontsize="medium")
+        top.set(ylim=(-.1, 1.04), xlabel="directions, steepest first"); low.set(xscale="log", ylim=(0, 1.04), xlabel="rank of a single direction")
+    axes[0, 0].set_ylabel("lift of the space over chance"); axes[1, 0].set_ylabel("best |cosine|")
+    _legend(fig, axes[0, 0], ncols=3)
+    return fig

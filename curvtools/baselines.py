@@ -505,6 +505,7 @@ def mix_factors(
     alpha:float=1., # weight of the domain's average, relative to the other's
 ) -> Factors:
     "(A + alpha A_domain) / (1 + alpha), and G alike: both as if collected on the same number of positions. This mixes curvature; it is no union of masks, for which see `union`."
+    if not isinstance(domain, Factors): raise TypeError(f"domain must be Factors, as collect gives them, not {type(domain).__name__}")
     return factors + alpha * (factors.tokens / domain.tokens) * domain
 
 # %% ../nbs/08_baselines.ipynb #8d356d89

@@ -173,6 +173,7 @@ class Passage:
 class Passages(list):
     "A list of `Passage`."
     def __init__(self, passages:Iterable[Passage]=()):
+        if not hasattr(passages, "__iter__"): raise TypeError(f"Passages are needed, or a list of Passage, not {type(passages).__name__}.")
         super().__init__(passages)
         for i, p in enumerate(self):
             if not isinstance(p, Passage): raise TypeError(f"Item {i} is {type(p).__name__}, not a Passage.")

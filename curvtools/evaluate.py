@@ -95,7 +95,7 @@ class Perplexity(float):
 # %% ../nbs/06_evaluate.ipynb #036fe928
 def _as_batches(windows:Any, batch_size:int|None) -> Any:
     "An iterable of batches; Windows and matrices can be cut anew."
-    if isinstance(windows, (str, bytes, dict)): raise TypeError(f"Windows or batches of token ids are needed, not {type(windows).__name__}: see curvtools.data.windows.")
+    if isinstance(windows, (str, bytes, dict)) or not hasattr(windows, "__iter__") and not hasattr(windows, "__getitem__"): raise TypeError(f"Windows or batches of token ids are needed, not {type(windows).__name__}: see curvtools.data.windows.")
     if isinstance(windows, Tensor): windows = Windows(windows)
     if isinstance(windows, Windows): return windows if batch_size is None else windows.batches(batch_size)
     if batch_size is not None: raise ValueError("batch_size cuts Windows or a tensor; this is an iterable that is in batches already.")
@@ -691,7 +691,7 @@ def position_stress(
     progress:bool=True, # a bar, if it takes more than two seconds
 ) -> PositionStress:
     "Longest verbatim run after other prompts: each, their mean and their maximum, beside passages never seen. ValueError for prompts that do not fit. The model is left as found."
-    sets = [_checked(model, p) for p in (passages, control) if p is not None]
+    sets = [_checked(model, p) for p in [passages] + ([] if control is None else [control])]
     both = Passages(p for s in sets for p in s)
     filler = None if filler is None else (filler if isinstance(filler, Windows) else Windows(filler)).ids.tolist()
     variants = _plan_variants(both, extend, shorten, offset, filler, paper)

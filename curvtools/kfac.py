@@ -229,7 +229,7 @@ def _batch(b):
 
 def _batches(batches):
     "An iterator over dicts, and the total of positions where it is known."
-    if isinstance(batches, (str, bytes, Mapping)): raise TypeError("batches must be an iterable of batches; make them from text with windows(text, tokenizer)")
+    if isinstance(batches, (str, bytes, Mapping)) or not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"): raise TypeError(f"batches must be an iterable of batches, not {type(batches).__name__}; make them from text with windows(text, tokenizer)")
     if torch.is_tensor(batches): batches = batches.split(8)
     total = getattr(batches, "tokens", None)
     if total is None and isinstance(batches, (list, tuple)): total = sum(_batch(b).get("input_ids", torch.empty(0)).numel() for b in batches) or None

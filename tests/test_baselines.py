@@ -442,3 +442,7 @@ def test_union():
     for other, match in ((i.keep(fraction=.3), "different bases"), (b.random(0).keep(fraction=.3), "different bases"), (b.keep(fraction=.3, blocks=[1]), "same targets"),
                          (magnitude(m, fraction=.3), "different bases"), (matched_noise(y, m), "needs two masks")):
         with pytest.raises(ValueError, match=match): union(y, other)
+
+
+def test_mixing_with_what_is_no_factors():
+    with pytest.raises(TypeError, match="must be Factors.*not NoneType"): mix_factors(None, None)

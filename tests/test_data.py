@@ -252,3 +252,7 @@ def test_an_interrupted_save_is_not_seen(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", crash)
     with pytest.raises(OSError, match="no space"): save_passages([Passage([3], [4])], f)
     assert load_passages(f) == [Passage([1], [2])] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_passages_of_none():
+    with pytest.raises(TypeError, match="Passages are needed.*not NoneType"): Passages(None)

@@ -508,3 +508,10 @@ def test_quantized_and_back(name):
 
 
 def test_run(): assert [_run(torch.tensor(x)) for x in ([True, False, True], [False], [True, True])] == [1, 0, 2]
+
+
+@pytest.mark.parametrize("f", [perplexity, top_tokens, relearn, position_stress, lambda m, x: ndcg(m, x, m)])
+def test_what_is_no_data_is_named(taught, f):
+    "None, or a number, where text or passages belong: what is needed is said, not that None is not iterable."
+    for x in (None, 3):
+        with pytest.raises(TypeError, match=f"needed.*not {type(x).__name__}"): f(taught[0], x)

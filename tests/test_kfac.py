@@ -420,3 +420,7 @@ def test_packed_documents_keep_their_positions():
     a = kept["a"][0].detach()
     got = collect(model, [dict(input_ids=ids, position_ids=pos)], labels="data", progress=False)[n].A
     assert near(got, a.T @ a / 9) and not near(collect(model, [ids], labels="data", progress=False)[n].A, got, 1e-3)
+
+
+def test_batches_that_are_none():
+    with pytest.raises(TypeError, match="iterable of batches, not NoneType"): collect(tiny("llama"), None, targets="all", progress=False)

@@ -1,7 +1,7 @@
-"""nbs/20_real_models.ipynb, all of it, on real weights: where CURVTOOLS_QWEN and CURVTOOLS_GEMMA say where they are, a third of the work; else skipped.
+"""nbs/20_real_models.ipynb, all of it, on real weights: where CURVTOOLS_QWEN and CURVTOOLS_GEMMA say where they are, a small part of the work; else skipped.
 
 Each is a model folder, a .gguf file or a hub id, of Qwen/Qwen2.5-Coder-0.5B-Instruct and of google/gemma-3-270m.
-What a third of the passages shows is no result; that every cell runs, and the assertions in them, is what is tested."""
+What so few passages show is no result; that every cell runs, and the assertions in them, is what is tested."""
 import json
 import os
 from pathlib import Path

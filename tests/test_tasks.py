@@ -609,3 +609,12 @@ def test_lm_eval_missing(pg, monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "curvtools\[lm-eval\]"'): to_lm_eval(pg.model, pg.tokenizer)
     with pytest.raises(TypeError, match="loaded model"): to_lm_eval("gpt2", pg.tokenizer)
     with pytest.raises(TypeError, match="tokenizer of transformers"): to_lm_eval(pg.model, byte_tokenizer)
+
+
+def test_a_tokenizer_of_another_model():
+    "Its ids may all exist in the model, and mean something else there; a vocabulary of less than half gives it away."
+    model = llama()
+    size = model.get_input_embeddings().weight.shape[0]
+    class Small:
+        def __len__(self): return size//2 - 1
+    with pytest.raises(ValueError, match="another model's"): respond(model, Small(), [Item("f", "s", "q", "a")], progress=False)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvtools.baselines import second_moments
 from curvtools.decompose import Eigen, _orthonormal
@@ -77,6 +78,24 @@ def test_hessian_is_the_difference_of_gradients(name, projection):
         assert rel(H@v.flatten(), fd) < 1e-6
     write_weight(model, t, W0)
     assert torch.equal(H, H.T)
+
+
+@pytest.mark.parametrize("name,block,projection", [("vit", 1, "fc1"), ("vit", 0, "q"), ("llama", 2, "down")])
+def test_an_independent_library_agrees(name, block, projection):
+    "GGN and Hessian of curvlinops, where it is installed. (It cannot differentiate SiLU twice, so of Llama a matrix with none after it.)"
+    other = pytest.importorskip("curvlinops")
+    model = tiny(name); b = data(name, 3, 5); t, = find_targets(model, "all", blocks=block, projections=projection)
+    x = b[0]["pixel_values"] if name == "vit" else b[0]["input_ids"][:, :-1]
+    y = b[0]["labels"] if name == "vit" else b[0]["input_ids"][:, 1:].flatten()
+    class Logits(nn.Module):
+        def __init__(self): super().__init__(); self.inner = model
+        def forward(self, x): return self.inner(x).logits.flatten(0, -2)
+    for p in model.parameters(): p.requires_grad_(False)
+    net, n = Logits(), y.numel()*(5 if name == "vit" else 1); W = param(model, t).requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        for mine, theirs in ((ggn_block, other.GGNLinearOperator), (hessian_block, other.HessianLinearOperator)):
+            M = theirs(net, nn.CrossEntropyLoss(reduction="sum"), [W], [(x, y)], num_data=len(y), batch_size_fn=len)
+            assert rel(mine(model, b, t), (M@torch.eye(W.numel(), dtype=torch.float64)).detach()/n) < 1e-8
 
 
 @pytest.mark.parametrize("name", ["vit", "llama"])

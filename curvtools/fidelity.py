@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['fisher_block', 'ggn_block', 'hessian_block', 'kfac_block', 'directions', 'ekfac_block', 'log_r2', 'spearman',
-           'same_kept', 'Fidelity', 'component_curvature', 'fidelity', 'keep_order', 'judge', 'stability', 'by_rank',
-           'stability_table', 'stability_figure']
+           'same_kept', 'Fidelity', 'component_curvature', 'fidelity', 'agreement_figure', 'keep_order', 'edits_figure',
+           'judge', 'stability', 'by_rank', 'stability_table', 'stability_figure']
 
 # %% ../nbs/17_fidelity.ipynb #63c7c1e3
 import inspect, math
@@ -20,12 +20,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .targets import Target, find_targets, weight
 from .kfac import Factors, _batch, _batches, _check_finite, _collect, _image, _text, collect, frozen
-from .decompose import Basis, Eigen, _orthonormal, random_basis
+from .decompose import Basis, Eigen, _orthonormal, check_weights, random_basis
 from .edit import Edit, Masked
 from .baselines import Moments, _largest, _MomentRecorder, second_moments
 from .recite import bootstrap
-from .plots import BLUE, GREEN, GREY, ORANGE, RED, _axes, _legend, _tidy
+from .plots import BLUE, GREEN, GREY, ORANGE, RED, _axes, _legend, _percent, _tidy
 from .reading import _Rows, band_overlap
+
+_styles = ((BLUE, "o", "-"), (RED, "s", "--"), (GREEN, "^", "-."), (ORANGE, "D", ":"), (GREY, "v", "-"), ("#CC79A7", "P", "--"))
 
 # %% ../nbs/17_fidelity.ipynb #cf50f5bc
 def _only(
@@ -77,7 +79,7 @@ def _pass(
     for name, x, known in (("labels", labels, ("exact", "sample", "data")), ("per", per, ("sequence", "position")), ("tokens", tokens, ("all", "cls"))):
         if x not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, not {x!r}")
     _check_finite(model, [t])
-    stream, first, n = _batches(batches)
+    stream, first, n = _batches(batches); stream = (_fit_labels(model, _batch(b)) for b in stream)
     done = lambda model, targets, rec, prints, meta: rec.G[t.name] if rec.G[t.name].count else None
     with frozen(model): return _collect(model, stream, first, n, [t], labels, seed, tokens, None, False, "raise", lambda m, ts, leader: _Hooks(m, t, total, per), done)
 
@@ -121,11 +123,19 @@ def _positions_of(model:nn.Module, t:Target, inputs:dict) -> int:
     finally: h.remove()
     return seen[0]
 
+def _fit_labels(model:nn.Module, b:dict) -> dict: # the batch as it is
+    "ValueError for class labels that are too few, too many, or of classes that are not there."
+    y, k = b.get("labels"), getattr(getattr(model, "config", None), "num_labels", None)
+    if "pixel_values" not in b or y is None: return b
+    if y.shape != b["pixel_values"].shape[:1]: raise ValueError(f"{list(y.shape)} labels for {len(b['pixel_values'])} images: one whole number each is needed")
+    if k and len(y) and not (0 <= int(y.min()) and int(y.max()) < k): raise ValueError(f"labels from {int(y.min())} to {int(y.max())}, and the model has classes 0 to {k - 1}")
+    return b
+
 def _passes(model:nn.Module, batches:Any, t:Target, labels:str="exact"):
     "Of each batch: logits as a function of W, labels of the scored positions [n], number of counted positions."
     device = next(model.parameters()).device
     accepts = inspect.signature(getattr(model, "base_model", model).forward).parameters
-    for b in map(_batch, _batches(batches)[0]):
+    for b in (_fit_labels(model, _batch(b)) for b in _batches(batches)[0]):
         inputs, y, w, *_ = _text(b, model, device, accepts) if "input_ids" in b else _image(b, device, "all", labels)
         if "pixel_values" in inputs: inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
         at = (y.flatten() != -100).nonzero()[:, 0]                               # [n]
@@ -280,7 +290,9 @@ class Fidelity:
     fraction:float # kept, for "same kept"
     pairs:list=None # of sampled components; None: all
     extra:dict=field(default_factory=dict) # of sampled ones: off-diagonal mass
-    def __getitem__(self, name): return next(r for r in self.rows if r["name"] == name)
+    def __getitem__(self, name) -> dict: # a row; KeyError that says which there are
+        if name not in self.diagonals: raise KeyError(f"there is no {name!r}; there are {', '.join(self.diagonals)}")
+        return next(r for r in self.rows if r["name"] == name)
     def table(self) -> list: # dicts of strings; prints as a table
         show = lambda v: v if isinstance(v, str) else "-" if v is None or v != v else f"{v:.3g}" if abs(v) >= 100 or 0 < abs(v) < 5e-4 else f"{v:.3f}"
         return _Rows({k: show(v) for k, v in r.items()} for r in self.rows)
@@ -326,8 +338,9 @@ def component_curvature(
     tokens:str="all", # of "fisher", as for `fisher_block`
     seed:int=0, # of drawn labels
 ) -> Tensor: # float64 [K], divided by the number of positions
-    "Exact curvature along single components u_i v_jᵀ of a matrix of any size. IndexError where there is no such component."
+    "Exact curvature along single components u_i v_jᵀ of a matrix of any size. IndexError where there is no such component, ValueError for a basis of other weights."
     if kind not in ("ggn", "fisher", "hessian"): raise ValueError(f'kind must be "ggn", "fisher" or "hessian", not {kind!r}')
+    check_weights(model, e.target, e.fingerprint, "take a basis of this model")
     t = e.target; W = weight(model, t).clone(); i, j = _checked_pairs(e, pairs)
     U, V = e.UG.to(W)[:, i], e.UA.to(W)[:, j]                                    # [d_out, K], [d_in, K]
     if kind == "fisher": return _pass(model, batches, t, _PairSum(U, V), labels, "sequence", tokens, seed).mean()
@@ -369,8 +382,9 @@ def off_diagonal(
     tokens:str="all", # as for `fisher_block`
     seed:int=0, # of drawn labels
 ) -> dict: # off, low, high, cosine, n
-    "Share of the Fisher block's ‖F‖² that lies off its diagonal in this basis, and the cosine of K-FAC with the block, for a matrix of any size; unbiased sums, bootstrap interval over items. ValueError for fewer than 8 items."
+    "Share of the Fisher block's ‖F‖² that lies off its diagonal in this basis, and the cosine of K-FAC with the block, for a matrix of any size; unbiased sums, bootstrap interval over items. ValueError for fewer than 8 items, or a basis of other weights."
     if labels not in ("sample", "data"): raise ValueError(f'labels must be "sample" or "data", not {labels!r}')
+    check_weights(model, e.target, e.fingerprint, "take a basis of this model")
     kept = _pass(model, batches, e.target, _Kept(e, weight(model, e.target).device), labels, "sequence", tokens, seed)
     size = max(1, 2**26//(len(e.lam)*len(e.mu)))
     if (n := sum(map(len, kept.P))) < 8: raise ValueError(f"{n} items are too few to tell an item from the others: give at least 8")
@@ -385,6 +399,7 @@ def off_diagonal(
 # %% ../nbs/17_fidelity.ipynb #6787611a
 def _drawn(e:Eigen, components:Any, seed:int) -> list: # [(i, j)]
     "The components that are meant: a list as it is, or so many drawn by lot, without repetition."
+    if isinstance(components, str): raise ValueError(f"components must be a number, or a list of pairs (i, j), not {components!r}; None takes all")
     if not isinstance(components, int): return [(int(i), int(j)) for i, j in components]
     m, n = len(e.lam), len(e.mu)
     if not 3 <= components <= m*n: raise ValueError(f"components={components}: {e.target.name} has {m*n:,} of them, and at least 3 are needed to compare")
@@ -435,6 +450,7 @@ def fidelity(
     batches = [_batch(b) for b in _batches(batches)[0]]
     t, n = _only(model, target), sum(len(b.get("input_ids", b.get("pixel_values"))) for b in batches)
     if components is None: _fits(t)
+    if not 0 < fraction < 1: raise ValueError(f"fraction={fraction} must lie between 0 and 1: the share of components that an edit would keep")
     if n < 8: raise ValueError(f"{n} items are too few for a curvature: give at least 8, better hundreds")
     labels = labels or ("exact" if "pixel_values" in batches[0] else "sample")
     factors = collect(model, batches, [t], labels=labels, tokens=tokens, progress=False, seed=seed) if factors is None else factors
@@ -444,19 +460,80 @@ def fidelity(
     exact = next(iter(blocks.values()))
     return Fidelity(t, basis[t.name], [dict(name=k, **_compare(exact, M, fraction)) for k, M in blocks.items()], {k: M.diagonal().view(t.d_out, t.d_in).clone() for k, M in blocks.items()}, n, fraction)
 
+# %% ../nbs/17_fidelity.ipynb #8f3fda34
+def _cloud(ax:Any, name:str, exact:Tensor, guess:Tensor, colour:str, most:int=300):
+    "Components in logs, as shares of the largest exact one, with the line of slope 1 through their mean. At most so many are drawn, by lot."
+    x, y = guess.double().flatten(), exact.double().flatten()
+    r2, scale, _ = log_r2(y, x); top = float(y.max())
+    k = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most]; k = k[(x[k] > 1e-12*x.max()) & (y[k] > 1e-12*top)]
+    x, y = x[k]*scale/top, y[k]/top
+    ax.scatter(x.numpy(), y.numpy(), s=4, color=colour, linewidths=0)
+    ends = [float(min(x.min(), y.min())), float(max(x.max(), y.max()))]
+    ax.plot(ends, ends, "--", color="black", linewidth=1)
+    ax.set(xscale="log", yscale="log"); ax.text(.04, .96, f"{name}\nlog R² {r2:.2f}", transform=ax.transAxes, va="top", fontsize="small")
+
+# %% ../nbs/17_fidelity.ipynb #368fbda2
+def agreement_figure(
+    results:list, # of `fidelity`: a column each
+    names:tuple=("K-FAC", "EK-FAC", "K-FAC, random directions"), # which rows of their tables; those that a result lacks are left empty
+    titles:list=None, # over the columns; None: block and projection
+    fig:Figure=None, # draw on this one again
+) -> Figure:
+    "Exact curvature of single components against what approximations say, both as shares of the largest, after the one free factor of log R². ValueError where there is nothing to draw."
+    results = [results] if isinstance(results, Fidelity) else list(results)
+    if not results or not names: raise ValueError("there is nothing to draw: give results of fidelity(), and names of rows of their tables")
+    for n in names:
+        if not any(n in r.diagonals for r in results): results[0][n]
+    fig, first = _axes(fig, (2.4*len(results) + .6, 2.1*len(names) + .6)); first.remove()
+    axes = fig.subplots(len(names), len(results), squeeze=False)
+    for k, (row, name) in enumerate(zip(axes, names)):
+        for ax, r in zip(row, results):
+            _tidy(ax); ax.tick_params(labelsize="small")
+            if name in r.diagonals: _cloud(ax, name, next(iter(r.diagonals.values())).cpu(), r.diagonals[name].cpu(), _styles[k % 6][0])
+            else: ax.text(.5, .5, "not measured", ha="center", transform=ax.transAxes, color=GREY, fontsize="small")
+        row[0].set_ylabel("exact", fontsize="small")
+    for ax, r, t in zip(axes[0], results, titles or [f"block {r.target.block} {r.target.projection}" for r in results]): ax.set_title(t, fontsize="medium")
+    fig.supxlabel("approximation (share of the largest exact curvature)", fontsize="small")
+    return fig
+
 # %% ../nbs/17_fidelity.ipynb #18ad0bb2
 def keep_order(
-    results:list, # of `fidelity`, one a matrix, whole blocks
+    results:Any, # one of `fidelity`, or a list, one a matrix; whole blocks
     name:str, # which row's curvature orders the components
     fraction:float, # share of the components of each matrix that stays
 ) -> Edit:
     "Plan to keep the components with the largest curvature of one row of `fidelity`. ValueError for sampled ones, KeyError for an unknown row."
     plan = {}
-    for r in results:
+    for r in [results] if isinstance(results, Fidelity) else results:
         if r.pairs: raise ValueError(f"{r.target.name}: only {len(r.pairs)} components were measured, and an edit needs all of them; leave out components=")
-        if name not in r.diagonals: raise KeyError(f"there is no {name!r}; there are {', '.join(r.diagonals)}")
+        r[name]
         plan[r.target.name] = Masked(r.target, r.eigen, _largest(r.diagonals[name], "fraction", fraction), r.eigen.fingerprint)
     return Edit(plan, name, dict(fraction=fraction), dict(basis="kfac"))
+
+# %% ../nbs/17_fidelity.ipynb #27d4bda5
+def edits_figure(
+    rows:list, # dicts: order, kept, and the quantities, each a number or (value, low, high)
+    left:str, right:str, # names of two quantities
+    log:tuple=(), # of these, those drawn on a logarithmic axis
+    lines:dict=None, # name -> value of a quantity before the edit: a dotted line
+    fig:Figure=None, # draw on this one again
+) -> Figure:
+    "Two quantities against the kept share of the components (1 = all), a line for each order. ValueError without rows, KeyError for a quantity that is not there."
+    if not rows: raise ValueError("there is nothing to draw: no rows")
+    fig, first = _axes(fig, (8.6, 3.8)); first.remove()
+    axes, orders = fig.subplots(1, 2), list(dict.fromkeys(r["order"] for r in rows))
+    for ax, name in zip(axes, (left, right)):
+        for k, order in enumerate(orders):
+            own, style = sorted((r for r in rows if r["order"] == order), key=lambda r: r["kept"]), (GREY, "", "-") if k == 0 else _styles[(k - 1) % 6]
+            v = [r[name] if isinstance(r[name], tuple) else (r[name],)*3 for r in own]
+            kw = dict(linewidth=7, alpha=.35) if k == 0 else dict(linewidth=1.3, capsize=2, markersize=4.5)
+            ax.errorbar([r["kept"] for r in own], [x[0] for x in v], None if k == 0 else [[max(x[0] - x[1], 0) for x in v], [max(x[2] - x[0], 0) for x in v]],
+                        color=style[0], marker=style[1], linestyle=style[2], label=order, **kw)
+        if name in (lines or {}): ax.axhline(lines[name], color="black", linestyle=":", linewidth=1)
+        _tidy(ax); ax.set(xlabel="share of components kept", ylabel=name, **(dict(yscale="log") if name in log else {}))
+        ax.xaxis.set_major_formatter(_percent)
+    _legend(fig, axes[0], ncols=3)
+    return fig
 
 # %% ../nbs/17_fidelity.ipynb #f299c7b9
 def judge(
@@ -480,7 +557,8 @@ def stability(
     b:Basis, # of another
     bands:tuple=((0, .02), (.02, .1), (.1, .5), (.5, 1)), # (from, to) as shares of the directions, steepest first
 ) -> list: # dicts: target, side, band, directions, overlap, chance, lift, single, single_chance
-    "How alike two bases are, for every matrix that both have, side and band, against chance. ValueError without a common matrix."
+    "How alike two bases are, for every matrix that both have, side and band, against chance. ValueError without a common matrix, or for what is no basis."
+    if not (isinstance(a, Basis) and isinstance(b, Basis)): raise ValueError(f"stability compares two bases, not {type(a).__name__} and {type(b).__name__}; factors.eigen() makes one")
     names = [k for k in a if k in b]
     if not names: raise ValueError(f"the two bases have no matrix in common: {', '.join(list(a)[:2])} and {', '.join(list(b)[:2])}")
     lift = lambda r: (r["overlap"] - r["chance"])/(1 - r["chance"])
@@ -522,8 +600,6 @@ def _lifts(ax:Any, rows:list, name:str, k:int, n:int, style:tuple):
     err = [[max(r["lift"] - r["low"], 0) for r in rows], [max(r["high"] - r["lift"], 0) for r in rows]]
     ax.errorbar(x, [r["lift"] for r in rows], err, color=style[0], marker=style[1], linestyle=style[2], capsize=2, markersize=5, linewidth=1.3, label=name)
     ax.set_xticks(range(len(rows)), [r["band"].replace(" %", "%") for r in rows], fontsize="small")
-
-_styles = ((BLUE, "o", "-"), (RED, "s", "--"), (GREEN, "^", "-."), (ORANGE, "D", ":"), (GREY, "v", "-"), ("#CC79A7", "P", "--"))
 
 # %% ../nbs/17_fidelity.ipynb #bd3245ac
 def stability_figure(

@@ -265,14 +265,14 @@ def _compare(
     return dict(log_r2=r2, scale=scale, off=1 - float(m.square().sum()/M.square().sum()), distance=float((M - F).norm()/F.norm()),
                 cosine=float((M*F).sum()/(M.norm()*F.norm())), rank=spearman(f, m), same_kept=same_kept(f, m, fraction))
 
-def _blocks(model, batches, t, basis, factors, labels, tokens, hessian) -> dict: # name -> block [P, P]
+def _blocks(model, batches, t, basis, factors, labels, tokens, hessian, ggn) -> dict: # name -> block [P, P]
     "The exact block, first, and all that are to be compared with it."
     pictures, e = "pixel_values" in batches[0], basis[t.name]
     kw = dict(labels=labels, tokens=tokens, progress=False)
     moments = {per: second_moments(model, basis, batches, per=per, **kw) for per in ("position", "sequence")}
     control = random_basis(basis)[t.name]; Q = directions(control)
-    out = {"GGN": ggn_block(model, batches, t)}
-    if pictures: out = {"Fisher": fisher_block(model, batches, t)} | out
+    out = {"Fisher": fisher_block(model, batches, t)} if pictures else {}
+    if ggn or not pictures: out["GGN"] = ggn_block(model, batches, t)
     if hessian: out["Hessian"] = hessian_block(model, batches, t)
     if not pictures or all("labels" in b for b in batches): out["empirical Fisher"] = fisher_block(model, batches, t, "data")
     return out | {"K-FAC": kfac_block(factors, t), "EK-FAC": ekfac_block(e, moments["position"]), "EK-FAC, item by item": ekfac_block(e, moments["sequence"]),
@@ -443,7 +443,8 @@ def fidelity(
     factors:Factors=None, # of `collect`, for instance on other data; None: on these batches
     labels:str=None, # of factors and moments; None: "exact" for images, "sample" for text
     tokens:str="all", # images: positions that the factors see
-    hessian:bool=True, # with the Hessian, which needs labels and takes longest
+    hessian:bool=True, # with the Hessian, which needs labels and takes long
+    ggn:bool=True, # images: whole blocks with the GGN too, which is the exact Fisher by another road and takes as long
     seed:int=0, # of drawn labels and components
 ) -> Fidelity:
     "Exact curvature beside K-FAC, EK-FAC and a control, for one matrix. ValueError where the block would be too large, or with fewer than 8 items."
@@ -456,7 +457,7 @@ def fidelity(
     factors = collect(model, batches, [t], labels=labels, tokens=tokens, progress=False, seed=seed) if factors is None else factors
     basis = Basis([factors.eigen(model)[t.name]], dict(factors.meta, basis="kfac"))
     if components is not None: return _sampled(model, batches, t, basis, _drawn(basis[t.name], components, seed), fraction, tokens, hessian, seed)
-    Q = directions(basis[t.name]); blocks = {k: Q.T@M@Q for k, M in _blocks(model, batches, t, basis, factors, labels, tokens, hessian).items()}
+    Q = directions(basis[t.name]); blocks = {k: Q.T@M@Q for k, M in _blocks(model, batches, t, basis, factors, labels, tokens, hessian, ggn).items()}
     exact = next(iter(blocks.values()))
     return Fidelity(t, basis[t.name], [dict(name=k, **_compare(exact, M, fraction)) for k, M in blocks.items()], {k: M.diagonal().view(t.d_out, t.d_in).clone() for k, M in blocks.items()}, n, fraction)
 

@@ -70,6 +70,14 @@ class _Hooks(_MomentRecorder):
         self.A, self.G = {}, {target.name: total}
         self.per, self.w, self.first, self.zero = per, None, True, {}
 
+def _fit_labels(model:nn.Module, b:dict) -> dict: # the batch as it is
+    "ValueError for class labels that are too few, too many, or of classes that are not there."
+    y, k = b.get("labels"), getattr(getattr(model, "config", None), "num_labels", None)
+    if "pixel_values" not in b or y is None: return b
+    if y.shape != b["pixel_values"].shape[:1]: raise ValueError(f"{list(y.shape)} labels for {len(b['pixel_values'])} images: one whole number each is needed")
+    if k and len(y) and not (0 <= int(y.min()) and int(y.max()) < k): raise ValueError(f"labels from {int(y.min())} to {int(y.max())}, and the model has classes 0 to {k - 1}")
+    return b
+
 def _pass(
     model, batches, # as for `collect`
     t:Target, total:Any, # which matrix; the sum to feed
@@ -122,14 +130,6 @@ def _positions_of(model:nn.Module, t:Target, inputs:dict) -> int:
         with torch.no_grad(): model(**inputs)
     finally: h.remove()
     return seen[0]
-
-def _fit_labels(model:nn.Module, b:dict) -> dict: # the batch as it is
-    "ValueError for class labels that are too few, too many, or of classes that are not there."
-    y, k = b.get("labels"), getattr(getattr(model, "config", None), "num_labels", None)
-    if "pixel_values" not in b or y is None: return b
-    if y.shape != b["pixel_values"].shape[:1]: raise ValueError(f"{list(y.shape)} labels for {len(b['pixel_values'])} images: one whole number each is needed")
-    if k and len(y) and not (0 <= int(y.min()) and int(y.max()) < k): raise ValueError(f"labels from {int(y.min())} to {int(y.max())}, and the model has classes 0 to {k - 1}")
-    return b
 
 def _passes(model:nn.Module, batches:Any, t:Target, labels:str="exact"):
     "Of each batch: logits as a function of W, labels of the scored positions [n], number of counted positions."

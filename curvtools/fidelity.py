@@ -75,7 +75,8 @@ def _fit_labels(model:nn.Module, b:dict) -> dict: # the batch as it is
     y, k = b.get("labels"), getattr(getattr(model, "config", None), "num_labels", None)
     if "pixel_values" not in b or y is None: return b
     if y.shape != b["pixel_values"].shape[:1]: raise ValueError(f"{list(y.shape)} labels for {len(b['pixel_values'])} images: one whole number each is needed")
-    if k and len(y) and not (0 <= int(y.min()) and int(y.max()) < k): raise ValueError(f"labels from {int(y.min())} to {int(y.max())}, and the model has classes 0 to {k - 1}")
+    given = y[y != -100]                                                         # -100: not scored
+    if k and len(given) and not (0 <= int(given.min()) and int(given.max()) < k): raise ValueError(f"labels from {int(given.min())} to {int(given.max())}, and the model has classes 0 to {k - 1}")
     return b
 
 def _pass(
@@ -448,7 +449,7 @@ def fidelity(
     seed:int=0, # of drawn labels and components
 ) -> Fidelity:
     "Exact curvature beside K-FAC, EK-FAC and a control, for one matrix. ValueError where the block would be too large, or with fewer than 8 items."
-    batches = [_batch(b) for b in _batches(batches)[0]]
+    batches = [_fit_labels(model, _batch(b)) for b in _batches(batches)[0]]
     t, n = _only(model, target), sum(len(b.get("input_ids", b.get("pixel_values"))) for b in batches)
     if components is None: _fits(t)
     if not 0 < fraction < 1: raise ValueError(f"fraction={fraction} must lie between 0 and 1: the share of components that an edit would keep")

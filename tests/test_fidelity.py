@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvtools.baselines import second_moments
 from curvtools.decompose import Eigen, _orthonormal
-from curvtools.fidelity import (Fidelity, component_curvature, directions, ekfac_block, fidelity, fisher_block, ggn_block, hessian_block, judge, keep_order, kfac_block,
-                                log_r2, off_diagonal, same_kept, spearman)
+from curvtools.fidelity import (agreement_figure, component_curvature, directions, edits_figure, ekfac_block, fidelity, fisher_block, ggn_block, hessian_block, judge, keep_order,
+                                kfac_block, log_r2, off_diagonal, same_kept, spearman, stability, stability_figure, stability_table)
 from curvtools.kfac import collect
 from curvtools.targets import Target, find_targets, weight, write_weight
 from tiny import V, tiny, tiny_inputs
@@ -233,3 +233,54 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="only 4 components"): keep_order([r], "K-FAC", .5)
     with pytest.raises(ValueError, match="kind must be"): component_curvature(big, b, r.eigen, r.pairs, "trace")
     with pytest.raises(ValueError, match="one threshold"): judge("x", 0, 0, 0)
+    with pytest.raises(ValueError, match="must be a number, or a list"): fidelity(big, b, (1, "fc1"), components="all")
+    for fraction in (0, 1, 2):
+        with pytest.raises(ValueError, match="fraction=.* between 0 and 1"): fidelity(big, b, (1, "fc1"), fraction=fraction)
+    with pytest.raises(KeyError, match="no 'KFAC'; there are GGN"): r["KFAC"]
+
+
+def test_wrong_labels_are_named():
+    big = tiny("vit", torch.float32); x = data("vit", 8)[0]["pixel_values"]; y = torch.arange(8) % 5
+    for bad, says in ((y[:3], r"\[3\] labels for 8 images"), (y + 1, "labels from 1 to 5, and the model has classes 0 to 4"), (y - 1, "labels from -1 to 3")):
+        for f in (lambda b: hessian_block(big, b, (1, "fc1")), lambda b: fisher_block(big, b, (1, "fc1"), "data"), lambda b: fidelity(big, b, (1, "fc1"))):
+            with pytest.raises(ValueError, match=says): f([dict(pixel_values=x, labels=bad)])
+    lm = tiny("llama", torch.float32)
+    with pytest.raises(ValueError, match="token id 99 is outside"): fidelity(lm, torch.full((9, 5), 99), (1, "q"))
+    with pytest.raises(ValueError, match="no label counts"): fidelity(lm, [dict(input_ids=torch.full((9, 5), 7), labels=torch.full((9, 5), -100))], (1, "q"))
+
+
+def test_a_basis_of_another_model_is_refused():
+    big, other, b = tiny("vit", torch.float32), tiny("vit", torch.float32, seed=1), data("vit", 8)
+    t = one(big, "fc1"); factors = collect(big, b, [t], labels="exact", progress=False); e = factors.eigen()[t.name]
+    for f in (lambda: component_curvature(other, b, e, [(0, 0)]), lambda: off_diagonal(other, b, e), lambda: fidelity(other, b, t, factors=factors), lambda: fidelity(other, b, t, factors=factors, components=4)):
+        with pytest.raises(ValueError, match="not the weights the factors were made from"): f()
+    with pytest.raises(KeyError, match="no target .*fc2"): fidelity(big, b, (1, "fc2"), factors=factors)
+    with pytest.raises(ValueError, match="is not a target of this model"): fidelity(tiny("llama", torch.float32), data("llama", 9), t)
+    with pytest.raises(ValueError, match=r"factors.eigen\(\) makes one"): stability(factors, factors)
+    with pytest.raises(ValueError, match="no matrix in common"): stability(factors.eigen(), collect(big, b, [one(big, "fc2")], labels="exact", progress=False).eigen())
+
+
+def test_stability_of_itself_and_of_chance():
+    model = tiny("vit", torch.float32); bands = dict(bands=((0, .25), (.25, 1)))
+    a, b = (collect(model, data("vit", 20, seed=s), "all", labels="exact", tokens="all", progress=False).eigen() for s in (0, 1))
+    from curvtools.decompose import random_basis
+    rows = {r["case"]: r for r in stability_table(dict(itself=(a, a), data=(a, b), chance=(a, random_basis(a))), **bands) if r["side"] == "A" and r["band"].startswith("top")}
+    assert rows["itself"]["lift"] == 1 and rows["itself"]["n"] == 18 and abs(rows["chance"]["lift"]) < .15
+    assert rows["chance"]["high"] < rows["data"]["low"] <= rows["data"]["lift"] <= rows["data"]["high"] < 1
+    assert "data" in [t.get_text() for t in stability_figure(dict(data=(a, b)), **bands).legends[0].get_texts()]
+    with pytest.raises(ValueError, match="no cases"): stability_figure({})
+
+
+def test_figures_say_what_they_show():
+    model = tiny("vit", torch.float32); b = data("vit", 12); r = fidelity(model, b, (1, "fc1"), ggn=False)
+    assert "GGN" not in r.diagonals and "Hessian" in r.diagonals
+    fig = agreement_figure(r, ("K-FAC", "Hessian"))
+    assert [ax.texts[0].get_text().split("\n")[0] for ax in fig.axes] == ["K-FAC", "Hessian"] and fig.axes[0].get_title() == "block 1 fc1"
+    with pytest.raises(KeyError, match="no 'KFAC'"): agreement_figure([r], ("KFAC",))
+    with pytest.raises(ValueError, match="nothing to draw"): agreement_figure([])
+    rows = [dict(order=o, kept=k, forgot=(k, k - .1, k + .1), price=2 - k) for o in ("exact", "K-FAC") for k in (.5, 1)]
+    fig = edits_figure(rows, "forgot", "price", log=("price",), lines=dict(price=1.))
+    assert [ax.get_ylabel() for ax in fig.axes] == ["forgot", "price"] and fig.axes[1].get_yscale() == "log" and fig.axes[0].get_yscale() == "linear"
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["exact", "K-FAC"]
+    with pytest.raises(ValueError, match="no rows"): edits_figure([], "forgot", "price")
+    with pytest.raises(KeyError, match="prise"): edits_figure(rows, "forgot", "prise")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['fisher_block', 'ggn_block', 'hessian_block', 'kfac_block', 'directions', 'ekfac_block', 'log_r2', 'spearman',
-           'same_kept', 'Fidelity', 'component_curvature', 'fidelity', 'agreement_figure', 'keep_order', 'edits_figure',
-           'judge', 'stability', 'by_rank', 'stability_table', 'stability_figure']
+           'same_kept', 'Fidelity', 'component_curvature', 'off_diagonal', 'fidelity', 'agreement_figure', 'keep_order',
+           'edits_figure', 'judge', 'stability', 'by_rank', 'stability_table', 'stability_figure']
 
 # %% ../nbs/17_fidelity.ipynb #63c7c1e3
 import inspect, math
@@ -70,6 +70,7 @@ class _Hooks(_MomentRecorder):
         self.A, self.G = {}, {target.name: total}
         self.per, self.w, self.first, self.zero = per, None, True, {}
 
+# %% ../nbs/17_fidelity.ipynb #9f93b2e8
 def _fit_labels(model:nn.Module, b:dict) -> dict: # the batch as it is
     "ValueError for class labels that are too few, too many, or of classes that are not there."
     y, k = b.get("labels"), getattr(getattr(model, "config", None), "num_labels", None)
@@ -79,6 +80,7 @@ def _fit_labels(model:nn.Module, b:dict) -> dict: # the batch as it is
     if k and len(given) and not (0 <= int(given.min()) and int(given.max()) < k): raise ValueError(f"labels from {int(given.min())} to {int(given.max())}, and the model has classes 0 to {k - 1}")
     return b
 
+# %% ../nbs/17_fidelity.ipynb #1596ec14
 def _pass(
     model, batches, # as for `collect`
     t:Target, total:Any, # which matrix; the sum to feed
@@ -132,6 +134,7 @@ def _positions_of(model:nn.Module, t:Target, inputs:dict) -> int:
     finally: h.remove()
     return seen[0]
 
+# %% ../nbs/17_fidelity.ipynb #fcefd044
 def _passes(model:nn.Module, batches:Any, t:Target, labels:str="exact"):
     "Of each batch: logits as a function of W, labels of the scored positions [n], number of counted positions."
     device = next(model.parameters()).device
@@ -166,6 +169,7 @@ def _hessian_rows(f, y:Tensor, W:Tensor, V:Tensor) -> Tensor: # V [k, d_out, d_i
     g = torch.autograd.grad(loss, W, create_graph=True)[0]                       # [d_out, d_in]
     return torch.autograd.grad(g, W, V, is_grads_batched=True)[0]
 
+# %% ../nbs/17_fidelity.ipynb #f45db228
 def _by_rows(model, batches, t:Target, rows, labels:str, most:int=2**22) -> Tensor: # float64 [P, P]
     "A block from its products with the unit vectors, as many at once as memory allows."
     P, W = t.d_out*t.d_in, weight(model, t).clone()
@@ -189,6 +193,7 @@ def ggn_block(
     t = _only(model, target); _fits(t)
     return _by_rows(model, batches, t, _ggn_rows, "exact")
 
+# %% ../nbs/17_fidelity.ipynb #8feb5e38
 def hessian_block(
     model:nn.Module, # as for `fisher_block`
     batches:Any, # as for `collect`
@@ -210,11 +215,13 @@ def kfac_block(
     f = factors[target.name if isinstance(target, Target) else target]; _fits(f.target)
     return torch.kron(f.G.double(), f.A.double())
 
+# %% ../nbs/17_fidelity.ipynb #3bc34c76
 def directions(e:Eigen) -> Tensor: # float64 [P, P], orthonormal columns u_i ⊗ v_j in the order (i, j)
     "All components of one matrix as columns. ValueError for a matrix that is too large."
     _fits(e.target)
     return torch.kron(e.UG.double(), e.UA.double())
 
+# %% ../nbs/17_fidelity.ipynb #36a92f4f
 def ekfac_block(
     e:Eigen, # the K-FAC basis of one target
     moments:Moments, # of `second_moments` in that basis
@@ -236,6 +243,7 @@ def log_r2(
     x, y = x[ok].log(), y[ok].log()
     return float(1 - (y - x).var()/y.var().clamp(min=1e-300)), float((y - x).mean().exp()), int(ok.sum())
 
+# %% ../nbs/17_fidelity.ipynb #57658623
 def _ranks(x:Tensor) -> Tensor: # float64, mean 0
     "Places in ascending order; ties in the order they come."
     return x.flatten().argsort(stable=True).argsort().double() - (x.numel() - 1)/2
@@ -266,6 +274,7 @@ def _compare(
     return dict(log_r2=r2, scale=scale, off=1 - float(m.square().sum()/M.square().sum()), distance=float((M - F).norm()/F.norm()),
                 cosine=float((M*F).sum()/(M.norm()*F.norm())), rank=spearman(f, m), same_kept=same_kept(f, m, fraction))
 
+# %% ../nbs/17_fidelity.ipynb #903987d4
 def _blocks(model, batches, t, basis, factors, labels, tokens, hessian, ggn) -> dict: # name -> block [P, P]
     "The exact block, first, and all that are to be compared with it."
     pictures, e = "pixel_values" in batches[0], basis[t.name]
@@ -375,6 +384,7 @@ def _resampled(n:int, draws:int, seed:int=0) -> Tensor: # [draws, n], how often 
     "Weights of bootstrap draws."
     return torch.stack([torch.bincount(torch.randint(n, (n,), generator=g), minlength=n).double() for g in [torch.Generator().manual_seed(seed)] for _ in range(draws)])
 
+# %% ../nbs/17_fidelity.ipynb #7e69e242
 def off_diagonal(
     model:nn.Module, # as for `fisher_block`
     batches:Any, # as for `collect`
@@ -406,6 +416,7 @@ def _drawn(e:Eigen, components:Any, seed:int) -> list: # [(i, j)]
     if not 3 <= components <= m*n: raise ValueError(f"components={components}: {e.target.name} has {m*n:,} of them, and at least 3 are needed to compare")
     return [divmod(k, n) for k in torch.randperm(m*n, generator=torch.Generator().manual_seed(seed))[:components].tolist()]
 
+# %% ../nbs/17_fidelity.ipynb #60420d6b
 def _r2_interval(exact:Tensor, guess:Tensor) -> tuple:
     "Bootstrap interval of log_r2 over components [K]."
     g = torch.Generator().manual_seed(0)
@@ -566,6 +577,7 @@ def stability(
     lift = lambda r: (r["overlap"] - r["chance"])/(1 - r["chance"])
     return _Rows(dict(target=k, **r, lift=lift(r)) for k in names for r in band_overlap(a[k], b[k], bands))
 
+# %% ../nbs/17_fidelity.ipynb #0c1d54c4
 def by_rank(
     a:Basis, b:Basis, # as for `stability`
     side:str="A", # "A", input, or "G", output

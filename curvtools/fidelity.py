@@ -104,7 +104,7 @@ def fisher_block(
     tokens:str="all", # images: gradient through "all" positions, or through the class token only ("cls")
     seed:int=0, # of the drawn labels, as for `collect`
 ) -> Tensor: # float64 [P, P], P = d_out * d_in, W row by row, divided by the number of positions
-    "The exact Fisher block of one matrix from item gradients (Martens 2020). ValueError for a matrix that is too large."
+    "The exact Fisher block of one matrix, E[∇ ∇ᵀ] with ∇ the gradient of an item's log p (Martens 2020, section 6; labels=\"data\" is the empirical Fisher of section 11), in squared nats a position. ValueError for a matrix that is too large, or for unknown words."
     t = _only(model, target); _fits(t)
     return _pass(model, batches, t, _BlockSum(t, weight(model, t).device), labels, per, tokens, seed).mean()
 
@@ -189,7 +189,7 @@ def ggn_block(
     batches:Any, # as for `collect`
     target:Any, # a Target, a name, or (block, projection); at most 4096 entries
 ) -> Tensor: # float64 [P, P]
-    "The generalised Gauss-Newton block JᵀHJ (Schraudolph 2002); for softmax it is the Fisher block with exact labels, by a road of its own."
+    "The generalised Gauss-Newton block JᵀHJ (Schraudolph 2002); for softmax and cross-entropy it is the Fisher block with exact labels (Martens 2020, section 9.2), by a road of its own. ValueError for a matrix that is too large."
     t = _only(model, target); _fits(t)
     return _by_rows(model, batches, t, _ggn_rows, "exact")
 
@@ -200,7 +200,7 @@ def hessian_block(
     target:Any, # a Target, a name, or (block, projection); at most 4096 entries
     labels:str="data", # "data": of the loss on the given labels; "exact": its mean over the model's own labels, which is the GGN
 ) -> Tensor: # float64 [P, P], not positive semi-definite in general
-    "The Hessian block, by Hessian-vector products. ValueError for a matrix that is too large, or other labels."
+    "The Hessian block of the summed loss, by Hessian-vector products (Pearlmutter 1994), divided by the number of positions. ValueError for a matrix that is too large, or other labels."
     if labels not in ("data", "exact"): raise ValueError(f'labels must be "data" or "exact", not {labels!r}')
     t = _only(model, target); _fits(t)
     rows = _hessian_rows if labels == "data" else lambda f, y, W, V: _hessian_rows(f, None, W, V)
@@ -211,7 +211,7 @@ def kfac_block(
     factors:Factors, # of `collect`
     target:Any, # a name, or (block, projection)
 ) -> Tensor: # float64 [P, P]
-    "K-FAC's block G ⊗ A, W row by row (Martens & Grosse 2015). KeyError for a target that was not collected."
+    "K-FAC's block G ⊗ A, W row by row (Martens & Grosse 2015, section 3). KeyError for a target that was not collected."
     f = factors[target.name if isinstance(target, Target) else target]; _fits(f.target)
     return torch.kron(f.G.double(), f.A.double())
 
@@ -226,7 +226,7 @@ def ekfac_block(
     e:Eigen, # the K-FAC basis of one target
     moments:Moments, # of `second_moments` in that basis
 ) -> Tensor: # float64 [P, P]
-    "EK-FAC's block: the K-FAC basis with measured second moments on the diagonal (George et al. 2018)."
+    "EK-FAC's block: the K-FAC basis with measured second moments on the diagonal (George et al. 2018, section 3.2). ValueError for moments of another basis, or a matrix that is too large."
     Q = directions(e)                                                            # [P, P]
     return (Q*moments.of(e).double().flatten())@Q.T
 
@@ -251,7 +251,7 @@ def _ranks(x:Tensor) -> Tensor: # float64, mean 0
 def spearman(
     a:Tensor, b:Tensor, # same number of values
 ) -> float: # -1 to 1
-    "Rank correlation."
+    "Spearman's rank correlation; ties in the order they come."
     x, y = _ranks(a), _ranks(b)
     return float((x*y).sum()/(x.norm()*y.norm()).clamp(min=1e-300))
 
@@ -582,7 +582,7 @@ def by_rank(
     a:Basis, b:Basis, # as for `stability`
     side:str="A", # "A", input, or "G", output
 ) -> tuple: # mean over matrices of the best |cosine| of direction 1, 2, ... [d]; the same of random directions, a number
-    "How well each single direction of a comes back anywhere in b."
+    "How well each single direction of a comes back anywhere in b: |cosine| with the most similar one."
     best, chance, g = [], [], torch.Generator().manual_seed(0)
     for k in (k for k in a if k in b):
         U, V = getattr(a[k], f"U{side}").float(), getattr(b[k], f"U{side}").float()  # [d, d]

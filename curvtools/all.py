@@ -21,10 +21,11 @@ from .reading import *
 from .widgets import *
 from .vision import *
 from .zoo import *
+from .fidelity import *
 from .cli import load_model
 
 # %% ../nbs/99_all.ipynb #bd0e4004
 from importlib import import_module as _room
 
-rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "reading", "widgets", "vision", "zoo"]
+rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "reading", "widgets", "vision", "zoo", "fidelity"]
 __all__ = list(dict.fromkeys([name for room in rooms for name in _room(f"curvtools.{room}").__all__] + ["load_model"]))

@@ -293,6 +293,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'curvtools.edit.keep': ('edit.html#keep', 'curvtools/edit.py'),
                                 'curvtools.edit.load_edit': ('edit.html#load_edit', 'curvtools/edit.py'),
                                 'curvtools.edit.planned': ('edit.html#planned', 'curvtools/edit.py'),
+                                'curvtools.edit.rows_only': ('edit.html#rows_only', 'curvtools/edit.py'),
                                 'curvtools.edit.save_edit': ('edit.html#save_edit', 'curvtools/edit.py'),
                                 'curvtools.edit.save_edited': ('edit.html#save_edited', 'curvtools/edit.py')},
             'curvtools.evaluate': { 'curvtools.evaluate.Bands': ('evaluate.html#bands', 'curvtools/evaluate.py'),

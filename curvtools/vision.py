@@ -6,8 +6,8 @@
 __all__ = ['CLASSES', 'VIT_SMALL', 'VIT_SMOKE', 'VIT_RECIPE', 'VIT_PLAN', 'read_idx', 'read_images', 'noise_labels', 'new_vit',
            'pixels', 'predict', 'Rate', 'VisionScores', 'vision_scores', 'VisionPlayground', 'load_vit', 'VisionTable',
            'compare_edits', 'svd_as_strong', 'plan_at', 'find_vit_plan', 'vision_sweep', 'at_memorised', 'flips',
-           'flip_figure', 'image_shares', 'vit_variants', 'variant_row', 'VariantTable', 'Gate', 'Gates', 'vit_gates',
-           'train_vit', 'vit_data', 'bundle_vit', 'make_vit', 'write_images']
+           'flip_figure', 'image_shares', 'Gate', 'Gates', 'vit_gates', 'train_vit', 'vit_variants', 'variant_row',
+           'VariantTable', 'vit_data', 'bundle_vit', 'make_vit', 'write_images']
 
 # %% ../nbs/12_vision.ipynb #26997845
 import argparse, gzip, hashlib, json, math, re, time
@@ -386,66 +386,6 @@ def image_shares(
         for x in pixel_values.split(batch_size): model(pixel_values=x.to(next(model.parameters()).device))
     return {n: torch.cat(s) for n, s in found.items()}
 
-# %% ../nbs/12_vision.ipynb #992b2092
-def vit_variants(
-    pg:VisionPlayground, # whose images are used, with their true labels
-    variants:dict, # name -> arguments of train_vit, e.g. {"decay .5": dict(decay=.5)}
-    seeds:tuple=(0, 1, 2), # of wrong labels, weights and order
-    n:int=3000, # training images
-    heldout:int=750, # images that are not trained on
-    share:float=.1, # of labels to draw anew
-    progress:bool=True, # a line for each network
-    **kw, # of train_vit, for all: epochs, hidden, mlp, ...
-) -> list: # dicts: name, seed, epochs, minutes, pg (a VisionPlayground)
-    "Small networks trained on one set of images with settings that differ, some seeds of each."
-    train, held, out = pg.train[torch.randperm(len(pg.train), generator=torch.Generator().manual_seed(0))[:n]], pg.heldout[:heldout], []
-    images, true, i = pg.images[torch.cat([train, held])], pg.true[torch.cat([train, held])], torch.arange(n, n + len(held))
-    for name, args in variants.items():
-        for seed in seeds:
-            noised = torch.cat([noise_labels(true[:n], share, len(pg.classes), seed), true[n:]])
-            model, log = train_vit(images, noised, true, i, seed=seed, progress=False, **(VIT_SMALL | kw | args))
-            if progress: print(f"{name}, seed {seed}: {log[-1]}")
-            out.append(dict(name=name, seed=seed, epochs=log[-1]["epoch"], minutes=log[-1]["minutes"],
-                            pg=VisionPlayground("vit", model, images, noised, true, i, pg.classes, dict(collect=dict(targets="all", tokens="all", labels="exact")), log)))
-    return out
-
-VIT_SMALL = dict(hidden=64, mlp=256, epochs=60, look=4)
-
-# %% ../nbs/12_vision.ipynb #28fd6f67
-def variant_row(
-    run:dict, # of vit_variants
-    most:float=.2, # share of the noised images that the edit may leave memorised
-    strengths:tuple=(.98, .95, .9, .85, .8, .75, .7, .6, .5, .4), # shares of the mass to try, in all matrices alike
-    seed:int=0, # of the control
-) -> dict:
-    "What a small network knows, how its curvature is spread, and what the gentlest edit that forgets enough leaves of it, with the same mask in random directions."
-    pg, s = run["pg"], run["pg"].scores(); factors = pg.factors(); basis = factors.eigen(progress=False)
-    for rho in strengths:
-        with basis.keep(rho=rho).applied(pg.model): e = pg.scores()
-        if e.memorised.value <= most: break
-    with basis.random(seed).keep(rho=rho).applied(pg.model): r = pg.scores()
-    mean = lambda xs: sum(xs)/len(xs)
-    return dict({k: run[k] for k in ("name", "seed", "epochs")}, memorised=s.memorised.value, recovered=s.recovered.value, validation=s.validation.value, trace=sum(f.trace for f in factors.values()),
-                rank_A=mean([effective_rank(f.A) for f in factors.values()]), rank_G=mean([effective_rank(f.G) for f in factors.values()]), pairs_90=basis.keep(rho=.9).kept,
-                rho=rho, left=e.memorised.value, regained=e.recovered.value, change=e.change(s)[0], random=r.change(s)[0])
-
-# %% ../nbs/12_vision.ipynb #ce531049
-_VARIANT = dict(epochs="epochs", memorised="memorised %", recovered="recovered %", validation="validation %", trace="trace", rank_A="rank A", rank_G="rank G", pairs_90="pairs for 90 %",
-                rho="rho", left="left %", regained="regained %", change="validation, change", random="random, change")
-
-class VariantTable(list):
-    "Rows of `variant_row`; prints a column for each variant: the mean over its seeds, and the lowest and highest."
-    percent = {"memorised", "recovered", "validation", "pairs_90", "left", "regained", "change", "random"}
-    def cell(self, name:str, key:str) -> str:
-        x = [r[key]*(100 if key in self.percent else 1) for r in self if r["name"] == name and key in r]
-        d = 2 if key in ("rho", "alpha", "stable") else 0 if key == "epochs" else 1
-        return f"{sum(x)/len(x):.{d}f} [{min(x):.{d}f}, {max(x):.{d}f}]"
-    def __repr__(self):
-        names, keys = list(dict.fromkeys(r["name"] for r in self)), [k for k in {**_VARIANT, **self[0]} if k not in ("name", "seed")]
-        wide = [max(len(v), *(len(self.cell(v, k)) for k in keys)) for v in names]
-        head = f"{'mean of ' + str(len({r['seed'] for r in self})) + ' seeds [low, high]':<26}"
-        return "\n".join([head + "  ".join(v.rjust(w) for v, w in zip(names, wide))] + [f"{_VARIANT.get(k, k):<26}" + "  ".join(self.cell(v, k).rjust(w) for v, w in zip(names, wide)) for k in keys])
-
 # %% ../nbs/12_vision.ipynb #743aeea3
 @dataclass(frozen=True)
 class Gate:
@@ -592,6 +532,66 @@ def _look(model, images, noised, true, heldout, **row) -> dict:
     some = torch.cat([bad, (train & (noised == true)).nonzero()[:1000, 0], heldout])
     s = vision_scores(model, images[some], noised[some], true[some], torch.arange(len(some) - len(heldout), len(some)))
     return dict(row, memorised=round(s.memorised.value, 4) if len(bad) else 0., recovered=round(s.recovered.value, 4) if len(bad) else 0., clean=round(s.clean.value, 4), validation=round(s.validation.value, 4))
+
+# %% ../nbs/12_vision.ipynb #992b2092
+def vit_variants(
+    pg:VisionPlayground, # whose images are used, with their true labels
+    variants:dict, # name -> arguments of train_vit, e.g. {"decay .5": dict(decay=.5)}
+    seeds:tuple=(0, 1, 2), # of wrong labels, weights and order
+    n:int=3000, # training images
+    heldout:int=750, # images that are not trained on
+    share:float=.1, # of labels to draw anew
+    progress:bool=True, # a line for each network
+    **kw, # of train_vit, for all: epochs, hidden, mlp, ...
+) -> list: # dicts: name, seed, epochs, minutes, pg (a VisionPlayground)
+    "Small networks trained on one set of images with settings that differ, some seeds of each."
+    train, held, out = pg.train[torch.randperm(len(pg.train), generator=torch.Generator().manual_seed(0))[:n]], pg.heldout[:heldout], []
+    images, true, i = pg.images[torch.cat([train, held])], pg.true[torch.cat([train, held])], torch.arange(n, n + len(held))
+    for name, args in variants.items():
+        for seed in seeds:
+            noised = torch.cat([noise_labels(true[:n], share, len(pg.classes), seed), true[n:]])
+            model, log = train_vit(images, noised, true, i, seed=seed, progress=False, **(VIT_SMALL | kw | args))
+            if progress: print(f"{name}, seed {seed}: {log[-1]}")
+            out.append(dict(name=name, seed=seed, epochs=log[-1]["epoch"], minutes=log[-1]["minutes"],
+                            pg=VisionPlayground("vit", model, images, noised, true, i, pg.classes, dict(collect=dict(targets="all", tokens="all", labels="exact")), log)))
+    return out
+
+VIT_SMALL = dict(hidden=64, mlp=256, epochs=60, look=4)
+
+# %% ../nbs/12_vision.ipynb #28fd6f67
+def variant_row(
+    run:dict, # of vit_variants
+    most:float=.2, # share of the noised images that the edit may leave memorised
+    strengths:tuple=(.98, .95, .9, .85, .8, .75, .7, .6, .5, .4), # shares of the mass to try, in all matrices alike
+    seed:int=0, # of the control
+) -> dict:
+    "What a small network knows, how its curvature is spread, and what the gentlest edit that forgets enough leaves of it, with the same mask in random directions."
+    pg, s = run["pg"], run["pg"].scores(); factors = pg.factors(); basis = factors.eigen(progress=False)
+    for rho in strengths:
+        with basis.keep(rho=rho).applied(pg.model): e = pg.scores()
+        if e.memorised.value <= most: break
+    with basis.random(seed).keep(rho=rho).applied(pg.model): r = pg.scores()
+    mean = lambda xs: sum(xs)/len(xs)
+    return dict({k: run[k] for k in ("name", "seed", "epochs")}, memorised=s.memorised.value, recovered=s.recovered.value, validation=s.validation.value, trace=sum(f.trace for f in factors.values()),
+                rank_A=mean([effective_rank(f.A) for f in factors.values()]), rank_G=mean([effective_rank(f.G) for f in factors.values()]), pairs_90=basis.keep(rho=.9).kept,
+                rho=rho, left=e.memorised.value, regained=e.recovered.value, change=e.change(s)[0], random=r.change(s)[0])
+
+# %% ../nbs/12_vision.ipynb #ce531049
+_VARIANT = dict(epochs="epochs", memorised="memorised %", recovered="recovered %", validation="validation %", trace="trace", rank_A="rank A", rank_G="rank G", pairs_90="pairs for 90 %",
+                rho="rho", left="left %", regained="regained %", change="validation, change", random="random, change")
+
+class VariantTable(list):
+    "Rows of `variant_row`; prints a column for each variant: the mean over its seeds, and the lowest and highest."
+    percent = {"memorised", "recovered", "validation", "pairs_90", "left", "regained", "change", "random"}
+    def cell(self, name:str, key:str) -> str:
+        x = [r[key]*(100 if key in self.percent else 1) for r in self if r["name"] == name and key in r]
+        d = 2 if key in ("rho", "alpha", "stable") else 0 if key == "epochs" else 1
+        return f"{sum(x)/len(x):.{d}f} [{min(x):.{d}f}, {max(x):.{d}f}]"
+    def __repr__(self):
+        names, keys = list(dict.fromkeys(r["name"] for r in self)), [k for k in {**_VARIANT, **self[0]} if k not in ("name", "seed")]
+        wide = [max(len(v), *(len(self.cell(v, k)) for k in keys)) for v in names]
+        head = f"{'mean of ' + str(len({r['seed'] for r in self})) + ' seeds [low, high]':<26}"
+        return "\n".join([head + "  ".join(v.rjust(w) for v, w in zip(names, wide))] + [f"{_VARIANT.get(k, k):<26}" + "  ".join(self.cell(v, k).rjust(w) for v, w in zip(names, wide)) for k in keys])
 
 # %% ../nbs/12_vision.ipynb #77e04728
 def vit_data(

@@ -536,7 +536,7 @@ def respond(
     _check_model(model)
     if batch_size < 1: raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     items = [items] if isinstance(items, Item) else list(items)
-    if items and hasattr(tokenizer, "__len__") and 2*len(tokenizer) < (size := _vocab(model)): raise ValueError(f"The tokenizer has {len(tokenizer)} tokens and the model {size}: it is another model's.")
+    if items and hasattr(tokenizer, "__len__") and not isinstance(tokenizer, str) and 2*len(tokenizer) < (size := _vocab(model)): raise ValueError(f"The tokenizer has {len(tokenizer)} tokens and the model {size}: it is another model's.")
     rows, alone = _token_rows(model, tokenizer, items, choices, unconditional)
     told = _ask_all(model, rows + list(alone.values()), batch_size, progress)
     own = [(*told[p, conts[it.answer]], len(conts[it.answer])) for it, (p, conts) in zip(items, rows)]

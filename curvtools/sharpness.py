@@ -6,8 +6,8 @@
 __all__ = ['Rows', 'gram', 'own', 'rows', 'Top', 'trace', 'top', 'lanczos', 'sharpest', 'along', 'band_shares', 'cancelling',
            'cosines', 'matched', 'InputCurvature', 'input_curvature']
 
-# %% ../nbs/16_sharpness.ipynb #0493e6b4
-import contextlib, math
+# %% ../nbs/16_sharpness.ipynb #5c111123
+import contextlib, inspect, math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .data import Windows, image_batches
-from .evaluate import _cuts, _is_passages, _positions, _scored, _targets, _texts
+from .evaluate import _cuts, _is_passages, _positions, _targets, _texts
 from .kfac import Factor, _check_images, _check_labels, _unbroken, frozen, row_uniforms, sample_labels
 from .targets import Target, find_targets
 
@@ -80,7 +80,7 @@ def _split(x, B, name): # [B, T, d]
     if x.ndim != 3 or len(x) != B: raise ValueError(f"{name} has {list(x.shape)} for {B} items: it does not see each item by itself, so leave it out of targets.")
     return x
 
-# %% ../nbs/16_sharpness.ipynb #61876db9
+# %% ../nbs/16_sharpness.ipynb #f7e8b8c7
 def _image_items(model, items, batch_size):
     "Batches of images, checked as a whole first."
     bs = list(items); bs = [b if isinstance(b, Mapping) else dict(pixel_values=b) for b in bs]
@@ -104,10 +104,12 @@ def _items(model, items, batch_size):
 def _logits(model, b): # z [B, S, V], y [B, S] with -100 where nothing is scored
     "One forward pass; an image has one position. An image without a label is scored all the same."
     if "pixel_values" in b: return model(pixel_values=b["pixel_values"]).logits[:, None], b["labels"][:, None]
-    z, y = _scored(model, b)
+    m = b["attention_mask"]; y = _targets(b["input_ids"], m, b["labels"])                     # [B, T]
     if not (y != -100).any(1).all(): raise ValueError("An item has no scored position: all of its labels are -100 or padding.")
     used = (y != -100).any(0).nonzero()[:, 0]                                                 # positions that any item scores
-    return z[:, used], y[:, used]
+    kw = {} if m is None else dict(attention_mask=m, **_positions(model, m))
+    if "logits_to_keep" in inspect.signature(model.forward).parameters: return model(input_ids=b["input_ids"], use_cache=False, logits_to_keep=used, **kw).logits, y[:, used]
+    return model(input_ids=b["input_ids"], use_cache=False, **kw).logits[:, used], y[:, used]
 
 # %% ../nbs/16_sharpness.ipynb #e21b04d1
 def _residuals(z, y, labels, draws, keys, seed, seen):

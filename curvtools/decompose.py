@@ -405,7 +405,9 @@ def _pick(
     if bad: raise ValueError(f"no target in block {', '.join(map(str, bad))}; there are blocks {have_b}")
     projections = [projections] if isinstance(projections, str) else projections
     bad = [p for p in projections or () if p not in have_p]
-    if bad: raise ValueError(f"no target has the projection {', '.join(map(repr, bad))}; there are {have_p}")
+    fused = {p: t.projection for t in targets for p, _ in t.parts}
+    hint = "".join(f"; {p} is some rows of {fused[p]}, one target with one basis: edit that, or only these rows with curvtools.edit.rows_only" for p in bad if p in fused)
+    if bad: raise ValueError(f"no target has the projection {', '.join(map(repr, bad))}; there are {have_p}{hint}")
     names = [t.name for t in targets if (want is None or t.block in want.values()) and (projections is None or t.projection in projections)]
     if not names: raise ValueError(f"nothing selected; there are blocks {have_b} with projections {have_p}")
     return names

@@ -210,11 +210,20 @@ def _text(batch, model, device, accepts):
     has_next = real & (real.flip(1).cumsum(1).flip(1) > 1)                   # real tokens but the last of each row
     return inputs, y, w, ids, (real, has_next)
 
-def _image(batch, device, tokens, labels):
+def _check_images(x, model):
+    "ValueError where x [B, C, H, W] cannot be what this classifier reads."
+    channels, most = getattr(getattr(model, "config", None), "num_channels", None), x.abs().max().item() if x.numel() else 0
+    if x.dim() != 4 or not x.is_floating_point(): raise ValueError(f"images are floating-point tensors [n, channels, height, width], these are {x.dtype} {list(x.shape)}; standardise bytes first, as the model's image processor does")
+    if channels and x.shape[1] != channels: raise ValueError(f"the images have {x.shape[1]} channels, {type(model).__name__} reads {channels}")
+    if not most < 50: raise ValueError(f"pixel values reach {most:g}: these are no standardised images, which stay within a few units of 0; scale them as the model's image processor does")
+
+def _image(batch, model, device, tokens, labels):
     "A batch of images -> (inputs, y [B], w=None until the token count is known, rows, real)."
-    x = batch["pixel_values"].to(device)
+    x = batch["pixel_values"].to(device); _check_images(x, model)
     if labels == "data" and batch.get("labels") is None: raise ValueError('labels="data" needs "labels" in every image batch')
     y = batch["labels"].to(device) if batch.get("labels") is not None else torch.zeros(len(x), dtype=torch.long, device=device)
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    if labels == "data" and (y.min() < 0 or classes and y.max() >= classes): raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, but the classes are 0 to {classes - 1 if classes else '...'}")
     return dict(pixel_values=x), y, tokens, x, (torch.ones(len(x), 1, dtype=torch.bool),) * 2
 
 # %% ../nbs/02_kfac.ipynb #568494fa
@@ -302,6 +311,23 @@ def _probe(model, trunk, inputs, targets):
     missing = [t.name for t in targets if t.name not in leader]
     if missing: raise ValueError(f"{missing[0]} is never called in a forward pass on this data; leave it out of targets")
     return leader, sum(kept.values()), h
+
+# %% ../nbs/02_kfac.ipynb #20f64aad
+_CLS = {"cls_token", "class_token", "class_embedding", "cls_pos"}
+
+def _check_cls(model, trunk, inputs, targets):
+    "ValueError unless position 0 is a CLS token through which the classes' gradient flows at every target."
+    way = 'use tokens="all"'
+    if not any(n.rpartition(".")[2] in _CLS for n, _ in model.named_parameters()): raise ValueError(f"{type(model).__name__} has no CLS token that could be found (no parameter named {', '.join(sorted(_CLS))}); {way}")
+    outs, zero = {}, torch.zeros((), requires_grad=True)
+    def hook(name): return lambda m, args, out: outs.setdefault(name, out if out.requires_grad else out + zero.to(out))
+    handles = [model.get_submodule(t.name).register_forward_hook(hook(t.name)) for t in targets]
+    try: h = trunk(**inputs)
+    finally:
+        for hd in handles: hd.remove()
+    grads = torch.autograd.grad(h, list(outs.values()), torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h), allow_unused=True)
+    dead = [n for n, g in zip(outs, grads) if g is None or g.dim() != 3 or not g[:, 0].any()]
+    if dead: raise ValueError(f"{dead[0]}: the class is not read through the first position there, so CLS-token factors would be zero; {way}, or leave that target out")
 
 # %% ../nbs/02_kfac.ipynb #c0184da5
 def _backward_exact(rec, head, h, y):
@@ -535,11 +561,12 @@ def collect(model, # a transformers model, or the id or folder of a causal one
 # %% ../nbs/02_kfac.ipynb #9fa6e7ef
 def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, progress, on_interrupt, recorder=_Recorder, result=_result):
     device, accepts = next(model.parameters()).device, inspect.signature(getattr(model, "base_model", model).forward).parameters
-    prepare = lambda b: _text(b, model, device, accepts) if "input_ids" in b else _image(b, device, tokens, labels)
+    prepare = lambda b: _text(b, model, device, accepts) if "input_ids" in b else _image(b, model, device, tokens, labels)
     small = prepare({k: v[:1, :5] if k != "pixel_values" and v.dim() > 1 else v[:1] for k, v in first.items() if torch.is_tensor(v)})[0]
     small.pop("attention_mask", None); small.pop("position_ids", None)       # a few tokens, to look at the model's wiring
     trunk, head, chunked = split_head(model, small)
     if "input_ids" in small: _check_causal(trunk, small, model)
+    if tokens == "cls" and "pixel_values" in small: _check_cls(model, trunk, small, targets)
     leader, kept, h = _probe(model, trunk, small, targets)
     with torch.no_grad(): width = head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]
     chunk = chunk or max(64, 2**25 // width)

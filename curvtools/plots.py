@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['png', 'img', 'spectrum', 'mass_curve', 'kept_region', 'tradeoff', 'frontier', 'forest', 'block_map',
            'activation_bands', 'overlap', 'band_energy', 'bars', 'band_lines', 'image_grid', 'token_strip',
-           'heat_strip', 'token_marks', 'token_texts', 'diff_html', 'side_by_side']
+           'heat_strip', 'token_marks', 'token_texts', 'diff_html', 'side_by_side', 'cancelling_curves', 'two_halves']
 
 # %% ../nbs/10_plots.ipynb #591e3c10
 import base64, io, math, unicodedata
@@ -577,3 +577,59 @@ def side_by_side(
     row = '<div style="display:flex;flex-wrap:wrap;gap:12px 24px;margin:6px 0">{}</div>'
     return (f'<div style="color:var(--jp-content-font-color1,currentColor)">{row.format(column.format(plain("prefix", passage.prefix)) + column.format(plain("true suffix", passage.suffix)))}'
             f'{row.format(columns)}<div style="font-size:12px">Marks: {keys}</div></div>')
+
+# %% ../nbs/10_plots.ipynb #8bad46c5
+_SIDES = (("memorised", RED, "^", "//"), ("clean", BLUE, "o", ""))   # name, colour, marker, hatch
+
+def _cloud(ax:Any, p:dict) -> None:
+    "Own curvature against the population's along the same direction, an item a mark."
+    for name, c, marker, _ in _SIDES:
+        x, y = (list(map(float, v)) for v in p[name]); mid = lambda v: sorted(v)[len(v)//2]
+        ax.scatter(x, y, 14, c, marker, alpha=.35, linewidths=0)
+        ax.scatter([mid(x)], [mid(y)], 90, c, marker, edgecolors="black", linewidths=1, zorder=3, label=f"{name} (n={len(x)})")
+    ax.axhline(1, color=GREY, linewidth=1, linestyle=":"); ax.set(xscale="log", yscale="log", xlabel="sharpness at the item itself", ylabel="population's curvature\nalong the same direction", title=p["title"])
+    for a in (ax.xaxis, ax.yaxis): a.set_minor_formatter(NullFormatter())
+
+def _share_bars(ax:Any, p:dict) -> None:
+    "Share of the directions' length in each band of the population's directions."
+    for k, (name, c, _, hatch) in enumerate(_SIDES):
+        for i, (v, lo, hi) in enumerate(p["bands"][name]):
+            ax.bar(i + .38*k - .19, v, .36, color=c, alpha=.55, hatch=hatch, edgecolor=c, label=name if not i else None); ax.plot([i + .38*k - .19]*2, [lo, hi], color="black", linewidth=1)
+    for i, w in enumerate(p["chance"]): ax.plot([i - .4, i + .4], [w, w], ":", color=GREY, linewidth=1.5, label="random direction" if not i else None)
+    ax.set_xticks(range(len(p["names"])), p["names"], fontsize="small"); ax.set(ylabel="share of the direction", ylim=(0, None), xlabel="the population's input directions"); ax.set_title("where the sharp directions lie", fontsize="medium")
+
+def _curves(ax:Any, curves:dict) -> None:
+    "Largest eigenvalue of the mean of n items over the mean of theirs, with the floor 1/n."
+    first = next(iter(curves.values())); n = [r["n"] for r in first]
+    for k, (name, rows) in enumerate(curves.items()):
+        c, marker, line = (RED, "^", "-") if name.startswith("memorised") else (BLUE, "o", "-"); x = [r["n"] for r in rows]
+        if "equal" in name or "unit" in name: line = "--"
+        ax.plot(x, [r["ratio"] for r in rows], line, marker=marker, color=c, markersize=4, linewidth=1.3, label=name, markerfacecolor=c if line == "-" else "white")
+        ax.fill_between(x, [r["low"] for r in rows], [r["high"] for r in rows], color=c, alpha=.12, linewidth=0)
+    ax.plot(n, [1/k for k in n], ":", color=GREY, label="1/n: nothing shared")
+    ax.set(xscale="log", yscale="log", xlabel="items averaged, n", ylabel="sharpness of the mean / mean sharpness"); ax.set_xticks(n, [str(k) for k in n], fontsize="small")
+    for a in (ax.xaxis, ax.yaxis): a.set_minor_formatter(NullFormatter())
+
+# %% ../nbs/10_plots.ipynb #f3848a91
+def cancelling_curves(
+    curves:dict, # name -> rows of `sharpness.cancelling`; names that start with "memorised" are red, those with "equal" or "unit" dashed
+    title:str="", # above the axes
+    fig:Figure=None, # draw on this one again
+) -> Figure:
+    "Do single items cancel in the mean? A line a group, its band over random subsets, and 1/n. ValueError without curves."
+    if not curves: raise ValueError("there is nothing to draw: no curves")
+    fig, ax = _axes(fig, (5.4, 3.9)); _curves(ax, curves); ax.set_title(title); _legend(fig, ax, ncols=2)
+    return fig
+
+def two_halves(
+    panels:Sequence[dict], # a row each: title; memorised, clean: (own, population); bands: name -> (share, low, high) a band; names, chance: of the bands; curves
+    fig:Figure=None, # draw on this one again
+) -> Figure:
+    "Single points are sharp, populations are flat: items one by one against the population, where their directions lie, and what is left of them in the mean. ValueError without panels."
+    if not panels: raise ValueError("there is nothing to draw: no panels")
+    if fig is None: fig = _Figure(figsize=(11, 3.5*len(panels) + .4), dpi=80, layout="constrained", facecolor="white")
+    fig.clear()
+    for row, p in zip(fig.subplots(len(panels), 3, squeeze=False), panels):
+        for ax, draw, what in zip(row, (_cloud, _share_bars, _curves), (p, p, p["curves"])): _tidy(ax); draw(ax, what); ax.legend(fontsize="x-small", frameon=False, loc="best")
+        row[0].set_title(p["title"], fontsize="medium"); row[2].set_title("do they cancel?", fontsize="medium")
+    return fig

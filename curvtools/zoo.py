@@ -29,7 +29,7 @@ from .edit import Edit, planned
 from .evaluate import halves
 from .kfac import Factors, collect
 from .tasks import RELATIONS, Items, answers, ask, bootstrap_ratio, families, load_items, open_book_texts, save_items
-from .vision import Gate, Gates, _adamw, _print, _rate_at, _resume, _save_checkpoint, _share, _write_notes
+from .vision import Gate, Gates, _adamw, _backward, _print, _rate_at, _resume, _save_checkpoint, _share, _write_notes
 
 # %% ../nbs/13_zoo.ipynb #27ea59dc
 @dataclass
@@ -626,7 +626,7 @@ def _watch(model:nn.Module, stream:Stream) -> dict:
     model.eval(); t = strict_by_tier(model, stream.memorized + stream.unseen + stream.noised)
     out = dict(heldout=round(_loss(model, stream.heldout[:96]), 4),
                strict={f"{r['kind']} {r['tier']}": round(r["strict"], 3) for r in t}, right={f"{r['kind']} {r['tier']}": round(r["right"], 3) for r in t}, 
-               tasks={f"{x.family}, {x.stratum}": round(x.accuracy, 3) for x in ask(model, stream.tokenizer, stream.tasks[::3], progress=False)})
+               tasks={f"{x.family}, {x.stratum}": round(x.accuracy, 3) for x in ask(model, stream.tokenizer, stream.tasks[::3], progress=False)} if stream.tasks else {})
     model.train(); return out
 
 # %% ../nbs/13_zoo.ipynb #f5f6e983
@@ -635,11 +635,12 @@ def _compiled(model:nn.Module) -> Callable:
     import shutil
     return torch.compile(model) if shutil.which(os.environ.get("CXX", "g++")) else model
 
-def _train_step(model:nn.Module, forward:Callable, opt:torch.optim.Optimizer, x:Tensor) -> float: # loss
-    "One update on rows x [B, T]."
-    with torch.autocast(x.device.type, torch.bfloat16): logits = forward(input_ids=x, use_cache=False).logits   # [B, T, V]
-    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), x[:, 1:].flatten())
-    opt.zero_grad(); loss.backward()
+def _train_step(model:nn.Module, forward:Callable, opt:torch.optim.Optimizer, x:Tensor, sam:float=0.) -> float: # loss
+    "One update on rows x [B, T]; sam: the radius of sharpness-aware minimisation, see `vision`."
+    def loss_of():
+        with torch.autocast(x.device.type, torch.bfloat16): logits = forward(input_ids=x, use_cache=False).logits   # [B, T, V]
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), x[:, 1:].flatten())
+    loss = _backward(model, opt, loss_of, sam)
     nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step()
     return loss.item()
 
@@ -653,6 +654,7 @@ def train_lm(
     batch:int=16, # rows a step
     warmup:int=100, # steps
     decay:float=.1, # weight decay
+    sam:float=0., # radius of sharpness-aware minimisation; 0: off
     steps:int|None=None, # None: all rows once
     evals:int=20, # evaluations, each with a checkpoint
     until:int|None=None, # stop early, with a checkpoint; call again to go on
@@ -666,12 +668,12 @@ def train_lm(
     if steps*batch > len(rows): raise ValueError(f"{steps} steps of {batch} rows need more than the {len(rows)} rows of the stream.")
     model = new_lm(len(stream.tokenizer), seed=seed, **size).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).train()
     opt, path, t0 = _adamw(model, lr, decay), out/"checkpoint.safetensors", time.time()
-    settings = dict(seed=seed, lr=lr, batch=batch, warmup=warmup, decay=decay, steps=steps, rows=_print(rows), **size)
+    settings = dict(seed=seed, lr=lr, batch=batch, warmup=warmup, decay=decay, steps=steps, rows=_print(rows), **({"sam": sam} if sam else {}), **size)
     meta = _resume(path, model, opt, settings) if path.exists() else dict(settings=settings, step=0, minutes=0., log=[])
     losses, before, forward = [], meta["minutes"], _compiled(model) if compile else model
     for s in tqdm(range(meta["step"], until or steps), initial=meta["step"], total=steps, desc="train", unit="step", disable=not progress):
         for g in opt.param_groups: g["lr"] = lr*_rate_at(s, steps, warmup)
-        losses.append(_train_step(model, forward, opt, rows[s*batch:(s+1)*batch].long().to(model.device)))
+        losses.append(_train_step(model, forward, opt, rows[s*batch:(s+1)*batch].long().to(model.device), sam))
         if (s + 1) % every and s + 1 not in (steps, until): continue
         meta.update(step=s + 1, minutes=round(before + (time.time() - t0)/60, 2))
         meta["log"].append(dict(step=s + 1, loss=round(sum(losses)/len(losses), 4), minutes=meta["minutes"], **_watch(model, stream))); losses = []

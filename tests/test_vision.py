@@ -1,5 +1,6 @@
 "The vision playground keeps its gates; noise, scores, recipe and folder do exactly what they say."
 import gzip
+import math
 import shutil
 import socket
 import time
@@ -11,9 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import transformers as tf
+
 from curvtools import vision
-from curvtools.vision import (CLASSES, Rate, VisionPlayground, bundle_vit, compare_edits, load_vit, make_vit, new_vit, noise_labels, pixels, plan_at, predict,
-                              read_idx, read_images, svd_as_strong, train_vit, vision_scores, vit_data, vit_gates, write_images)
+from curvtools.kfac import collect
+from curvtools.targets import find_targets, fingerprint
+from curvtools.vision import (CLASSES, Rate, VariantTable, VisionPlayground, VisionTable, at_memorised, bundle_vit, compare_edits, flip_figure, flips, image_shares, load_vit, make_vit, new_vit, noise_labels, pixels, plan_at, predict,
+                              read_idx, read_images, svd_as_strong, train_vit, variant_row, vision_scores, vision_sweep, vit_data, vit_gates, vit_variants, write_images)
 
 VIT = Path(str(files("curvtools")/"static"/"vit"))
 TINY = dict(hidden=16, blocks=2, mlp=32, heads=2, epochs=4, warmup=3, batch=20, progress=False)
@@ -250,3 +255,177 @@ def test_training_json_agrees_with_the_weights(pg):
     "The last look of the log, taken before rounding to bfloat16, is what the shipped weights say, up to a few images."
     s, last = pg.scores(), pg.log[-1]
     assert abs(s.memorised.value - last["memorised"]) < .02 and abs(s.validation.value - last["validation"]) < .01
+
+
+# classifiers of transformers: which tokens, what is covered
+
+SMALL = dict(image_size=8, patch_size=4, num_channels=3, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_labels=5)
+MODELS = dict(vit=lambda: tf.ViTForImageClassification(tf.ViTConfig(**SMALL, intermediate_size=32)), deit=lambda: tf.DeiTForImageClassification(tf.DeiTConfig(**SMALL, intermediate_size=32)),
+              dinov2=lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**SMALL, mlp_ratio=2)))
+
+
+def tiny_classifier(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0); m = MODELS[name]().eval()
+        for p in m.parameters():
+            if p.ndim > 1: p.data.normal_(std=.2)
+    return m.double()
+
+
+def some_images(n=6, channels=3, size=8): return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tokens", ["cls", "all"])
+@pytest.mark.parametrize("name", MODELS)
+def test_collect_eigen_keep_on_classifiers(name, tokens):
+    "Factors against autograd, exact labels; then an edit and back."
+    model, x = tiny_classifier(name), some_images()
+    f = collect(model, [dict(pixel_values=x[:4]), dict(pixel_values=x[4:])], "all", tokens=tokens, labels="exact", progress=False)
+    assert {t.target.projection for t in f.values()} == {"q", "k", "v", "o", "fc1", "fc2"} and len(f) == 12
+    seen = {}
+    hooks = [model.get_submodule(n).register_forward_hook(lambda m, a, o, n=n: seen.__setitem__(n, (a[0].detach(), o))) for n in f]
+    logits = model(pixel_values=x).logits
+    for h in hooks: h.remove()
+    p = logits.detach().softmax(-1)
+    part = (lambda z: z[:, 0]) if tokens == "cls" else (lambda z: z.flatten(0, 1))
+    for n in f:
+        G = 0
+        for c in range(5):
+            r = (torch.nn.functional.one_hot(torch.tensor(c), 5) - p)*p[:, c:c + 1].sqrt()
+            g, = torch.autograd.grad(logits, seen[n][1], r, retain_graph=True)
+            G = G + part(g).T @ part(g)
+        a = part(seen[n][0])
+        torch.testing.assert_close(f[n].A, a.T @ a/len(a), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(f[n].G, G/len(a), rtol=1e-8, atol=1e-12*float(G.abs().max()))
+    edit = f.eigen().keep(rho=.7, projections=["q", "fc1"])
+    before, prints = model(pixel_values=x).logits, [fingerprint(model, t) for t in find_targets(model, "all")]
+    with edit.applied(model): assert not torch.allclose(model(pixel_values=x).logits, before)
+    assert torch.equal(model(pixel_values=x).logits, before) and prints == [fingerprint(model, t) for t in find_targets(model, "all")]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_patch_convolution_is_listed(name):
+    bad = dict(find_targets(tiny_classifier(name), "all").unsupported)
+    assert any("convolution [16, 3, 4, 4]" in why and "stem" in why for why in bad.values())
+    assert "a convolution" in repr(find_targets(tiny_classifier(name), "all"))
+
+
+def no_cls():
+    swin = tf.SwinForImageClassification(tf.SwinConfig(image_size=8, patch_size=2, num_channels=3, embed_dim=8, depths=[2], num_heads=[2], window_size=2, num_labels=5))
+    conv = tf.ConvNextForImageClassification(tf.ConvNextConfig(num_channels=3, patch_size=2, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=5, image_size=8))
+    return dict(swin=(swin, "has no CLS token"), convnext=(conv, "has no CLS token"), beit=(tf.BeitForImageClassification(tf.BeitConfig(**SMALL, intermediate_size=32)), "not read through the first position"))
+
+
+@pytest.mark.parametrize("name", ["swin", "convnext", "beit"])
+def test_classifiers_without_a_cls_token(name):
+    model, text = no_cls()[name]; b = [dict(pixel_values=some_images().float())]
+    with pytest.raises(ValueError, match=f'{text}.*tokens="all"'): collect(model, b, "all", tokens="cls", progress=False)
+    f = collect(model, b, "all", tokens="all", progress=False)
+    assert all(torch.isfinite(x.G).all() and x.G.trace() > 0 for x in f.values())
+    assert not any(m._forward_hooks for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("x,text", [(255*some_images(), "pixel values reach"), (some_images(channels=1), "1 channels"), (some_images()[0], "floating-point tensors"), ((100*some_images()).byte(), "floating-point tensors"),
+                                    (some_images(size=12), "doesn't match model"), (some_images()*math.nan, "pixel values reach nan")])
+def test_images_that_do_not_fit(x, text):
+    with pytest.raises(ValueError, match=text): collect(tiny_classifier("vit"), [dict(pixel_values=x)], "all", progress=False)
+
+
+@pytest.mark.parametrize("y", [[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, -1]])
+def test_labels_that_are_no_classes(y):
+    b = [dict(pixel_values=some_images(), labels=torch.tensor(y))]
+    with pytest.raises(ValueError, match="classes are 0 to 4"): collect(tiny_classifier("vit"), b, labels="data", progress=False)
+    collect(tiny_classifier("vit"), b, labels="sample", progress=False)                    # they are not looked at there
+
+
+def test_scores_refuse_labels_outside(pg):
+    i = pg.heldout[:4]
+    with pytest.raises(ValueError, match="0 to 9"): vision_scores(pg.model, pg.images[i], pg.true[i] + 9, pg.true[i], torch.tensor([0]))
+
+
+# SAM
+
+def test_without_sam_nothing_changed(few):
+    "The recipe with sam=0 is, to the bit, the plain loop written out."
+    from curvtools.vision import _adamw, _rate_at
+    images, noised, true, held = few
+    kw = dict(hidden=16, blocks=2, mlp=32, heads=2)
+    a, _ = train_vit(*few, sam=0., **TINY); b = new_vit(seed=0, **kw).train(); opt = _adamw(b, 1e-3, .5)
+    x, y, n = pixels(images[:200]), noised[:200], 10
+    for e in range(4):
+        with torch.random.fork_rng():
+            torch.manual_seed(e)
+            for k, i in enumerate(torch.randperm(200).view(n, 20)):
+                for g in opt.param_groups: g["lr"] = 1e-3*_rate_at(e*n + k, 4*n, 3)
+                loss = torch.nn.functional.cross_entropy(b(pixel_values=x[i]).logits, y[i]); opt.zero_grad(); loss.backward()
+                torch.nn.utils.clip_grad_norm_(b.parameters(), 1.); opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_sam_gradient_by_hand():
+    from curvtools.vision import _backward
+    torch.manual_seed(0); net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double()
+    x, y, rho = torch.randn(7, 3, dtype=torch.float64), torch.randint(2, (7,)), .3
+    loss = lambda ps: torch.nn.functional.cross_entropy(torch.tanh(x @ ps[0].T + ps[1]) @ ps[2].T + ps[3], y)
+    ps = [p.detach().clone().requires_grad_() for p in net.parameters()]
+    g = torch.autograd.grad(loss(ps), ps); norm = sum(v.square().sum() for v in g).sqrt()
+    moved = [(p + rho*v/norm).detach().requires_grad_() for p, v in zip(ps, g)]
+    want, old = torch.autograd.grad(loss(moved), moved), [p.detach().clone() for p in net.parameters()]
+    got = _backward(net, torch.optim.SGD(net.parameters(), .1), lambda: torch.nn.functional.cross_entropy(net(x), y), rho)
+    for p, w, o in zip(net.parameters(), want, old): torch.testing.assert_close(p.grad, w, rtol=1e-10, atol=1e-14); assert torch.equal(p, o)
+    assert float(got) == pytest.approx(float(loss(ps)), rel=1e-12)
+
+
+def test_a_checkpoint_knows_of_sam(few, tmp_path):
+    train_vit(*few, tmp_path/"s", sam=.05, pause=2, **TINY)
+    with pytest.raises(ValueError, match="other settings.*sam"): train_vit(*few, tmp_path/"s", **TINY)
+    with pytest.raises(ValueError, match="other settings.*sam"): train_vit(*few, tmp_path/"s", sam=.1, **TINY)
+    a, _ = train_vit(*few, tmp_path/"s", sam=.05, **TINY); b, _ = train_vit(*few, sam=.05, **TINY); c, _ = train_vit(*few, **TINY)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())) and not torch.equal(next(a.parameters()), next(c.parameters()))
+    with pytest.raises(ValueError, match="radius"): train_vit(*few, sam=-1., **TINY)
+
+
+# sweep, flips, signature, variants
+
+@pytest.fixture(scope="module")
+def swept(pg): return vision_sweep(pg, strengths=(.9, .6), where={"outer": [0, -1], "last": [2]}, tokens=("all",), progress=False)
+
+
+def test_sweep(pg, swept):
+    assert isinstance(swept, VisionTable) and len(swept) == 8 and [r["method"] for r in swept[:2]] == ["K-FAC", "random"]
+    for mine, other in zip(swept[::2], swept[1::2]): assert mine["kept"] == other["kept"] and mine["strength"] == other["strength"]
+    assert swept[0]["scores"].memorised.k > swept[2]["scores"].memorised.k and "all, outer, 0.6: random" in repr(swept)
+    one = vision_sweep(pg, strengths=(.9,), where={"mid": [1]}, tokens=("cls",), projections=["fc1"], controls=False, progress=False)
+    assert len(one) == 1 and list(one[0]["edit"].plan) == ["vit.layers.1.mlp.fc1"]
+    t = at_memorised(swept, pg, most=.3)
+    assert len(t) == 7 and t[0]["change"] is None and [r["name"].strip()[:6] for r in t[2:4]] == ["random", "SVD, a"]
+    assert "(not reached)" in at_memorised(swept, pg, most=.001)[1]["name"]
+
+
+def test_flips(pg, basis):
+    edit = pg.edit(basis); f = flips(pg, edit); fig = flip_figure(pg, edit, n=5)
+    with edit.applied(pg.model): s = pg.scores()
+    assert f["verdict"].count("kept") == s.memorised.k and f["verdict"].count("back") + f["verdict"].count("right") == s.recovered.k
+    titles = [ax.get_title(loc="left") for ax in fig.axes]
+    assert sum("✓" in t for t in titles) == 5 and all(t.count("\n") == 3 for t in titles if t) and "1200 taught wrongly" in fig.get_suptitle()
+    for t in titles[:5]:
+        line = dict(l.rstrip(" ✓").split(": ") for l in t.splitlines())
+        assert line["after"] == line["true"] != line["before"] and line["taught"] != line["true"]
+    with pytest.raises(ValueError, match="No image is back"): flip_figure(pg, basis.keep(rho=1.))
+
+
+def test_image_shares(pg, basis):
+    x = pixels(pg.images[:20]); a, b = (image_shares(pg.model, basis, x, flat=f) for f in (.5, .25))
+    for n in basis: assert a[n].shape == (20,) and (a[n] >= b[n] - 1e-7).all() and 0 <= float(a[n].min()) and float(a[n].max()) <= 1
+    seen = []
+    h = pg.model.get_submodule(list(basis)[5]).register_forward_pre_hook(lambda m, i: seen.append(i[0].detach())); pg.model(pixel_values=x); h.remove()
+    e = (seen[0][:, 0] @ basis[list(basis)[5]].UA).square(); d = e.shape[1]
+    torch.testing.assert_close(image_shares(pg.model, basis, x, tokens="cls")[list(basis)[5]], e[:, d//2:].sum(1)/e.sum(1))
+
+
+def test_variants(pg):
+    runs = vit_variants(pg, {"a": {}, "b": dict(sam=.05)}, seeds=(0, 1), n=120, heldout=30, epochs=2, look=1, hidden=16, mlp=32, heads=2, blocks=2, warmup=3, progress=False)
+    assert [(r["name"], r["seed"]) for r in runs] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    one = runs[0]["pg"]; assert len(one.memorized) == 12 and len(one.heldout) == 30 and torch.equal(one.images, runs[3]["pg"].images) and not torch.equal(one.noised, runs[1]["pg"].noised)
+    t = VariantTable(variant_row(r, strengths=(.9, .5)) for r in runs)
+    assert "mean of 2 seeds" in repr(t) and "pairs for 90 %" in repr(t) and all(0 <= r["left"] <= 1 for r in t)

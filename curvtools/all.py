@@ -20,6 +20,7 @@ from .plots import *
 from .reading import *
 from .widgets import *
 from .vision import *
+from .spectra import *
 from .zoo import *
 from .cli import load_model
 

@@ -8,7 +8,7 @@ here = pathlib.Path(__file__).parent
 ini = configparser.ConfigParser(delimiters=["="])
 ini.read(here/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-extras = {"gguf": cfg["gguf_requirements"].split(), "lm-eval": cfg["lm_eval_requirements"].split()}
+extras = {"gguf": cfg["gguf_requirements"].split(), "weightwatcher": cfg["weightwatcher_requirements"].split(), "lm-eval": cfg["lm_eval_requirements"].split()}
 extras["dev"] = cfg["dev_requirements"].split() + extras["gguf"] + extras["lm-eval"]
 
 setup(

@@ -1157,6 +1157,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'curvtools.vision._check_labels': ('vision.html#_check_labels', 'curvtools/vision.py'),
                                   'curvtools.vision._draw_flip': ('vision.html#_draw_flip', 'curvtools/vision.py'),
                                   'curvtools.vision._epoch': ('vision.html#_epoch', 'curvtools/vision.py'),
+                                  'curvtools.vision._lean': ('vision.html#_lean', 'curvtools/vision.py'),
                                   'curvtools.vision._look': ('vision.html#_look', 'curvtools/vision.py'),
                                   'curvtools.vision._others': ('vision.html#_others', 'curvtools/vision.py'),
                                   'curvtools.vision._parser': ('vision.html#_parser', 'curvtools/vision.py'),

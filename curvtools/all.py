@@ -20,6 +20,7 @@ from .plots import *
 from .reading import *
 from .sharpness import *
 from .fidelity import *
+from .spectra import *
 from .widgets import *
 from .vision import *
 from .zoo import *
@@ -28,5 +29,5 @@ from .cli import load_model
 # %% ../nbs/99_all.ipynb #bd0e4004
 from importlib import import_module as _room
 
-rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "reading", "sharpness", "fidelity", "widgets", "vision", "zoo"]
+rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "reading", "sharpness", "fidelity", "spectra", "widgets", "vision", "zoo"]
 __all__ = list(dict.fromkeys([name for room in rooms for name in _room(f"curvtools.{room}").__all__] + ["load_model"]))

@@ -213,6 +213,7 @@ def _text(batch, model, device, accepts):
 def _check_images(x, model):
     "ValueError where x [B, C, H, W] cannot be what this classifier reads."
     channels, most = getattr(getattr(model, "config", None), "num_channels", None), x.abs().max().item() if x.numel() else 0
+    if not x.numel(): raise ValueError(f"a batch of images {list(x.shape)} is empty: leave it out")
     if x.dim() != 4 or not x.is_floating_point(): raise ValueError(f"images are floating-point tensors [n, channels, height, width], these are {x.dtype} {list(x.shape)}; standardise bytes first, as the model's image processor does")
     if channels and x.shape[1] != channels: raise ValueError(f"the images have {x.shape[1]} channels, {type(model).__name__} reads {channels}")
     if not most < 50: raise ValueError(f"pixel values reach {most:g}: these are no standardised images, which stay within a few units of 0; scale them as the model's image processor does")
@@ -222,6 +223,7 @@ def _image(batch, model, device, tokens, labels):
     x = batch["pixel_values"].to(device); _check_images(x, model)
     if labels == "data" and batch.get("labels") is None: raise ValueError('labels="data" needs "labels" in every image batch')
     y = batch["labels"].to(device) if batch.get("labels") is not None else torch.zeros(len(x), dtype=torch.long, device=device)
+    if labels == "data" and (y.shape != x.shape[:1] or y.is_floating_point()): raise ValueError(f"labels are class indices, one integer for each image: [{len(x)}], not {y.dtype} {list(y.shape)}")
     classes = getattr(getattr(model, "config", None), "num_labels", None)
     if labels == "data" and (y.min() < 0 or classes and y.max() >= classes): raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, but the classes are 0 to {classes - 1 if classes else '...'}")
     return dict(pixel_values=x), y, tokens, x, (torch.ones(len(x), 1, dtype=torch.bool),) * 2
@@ -233,7 +235,7 @@ def _batch(b):
     if not isinstance(b, Mapping) or not ("input_ids" in b or "pixel_values" in b):
         raise TypeError(f"a batch must be ids [B, T] or a dict with input_ids or pixel_values, not {type(b).__name__}; make batches of text with windows(text, tokenizer)")
     b = {k: torch.as_tensor(b[k]) for k in ("input_ids", "attention_mask", "position_ids", "labels", "pixel_values") if b.get(k) is not None}
-    if "input_ids" in b and b["input_ids"].dim() != 2: raise ValueError(f"a batch of shape {list(b['input_ids'].shape)}: token ids must be windows [B, T]; a single one is ids[None]")
+    if "input_ids" in b and b["input_ids"].dim() != 2: raise ValueError(f"a batch of shape {list(b['input_ids'].shape)}: token ids must be windows [B, T]; a single one is ids[None]" + ("; images go in as dict(pixel_values=...), see image_batches" if b["input_ids"].dim() == 4 else ""))
     return {k: v.long() if k in ("input_ids", "position_ids", "labels") and not v.is_floating_point() else v for k, v in b.items()}
 
 def _batches(batches):

@@ -289,26 +289,32 @@ def find_vit_plan(
 # %% ../nbs/12_vision.ipynb #a223b912
 def vision_sweep(
     pg:VisionPlayground, # whose model and images
-    strengths:tuple=(.95, .9, .85, .8, .7, .6, .45), # shares of the curvature mass to keep, gentlest first
+    strengths:tuple=(.99, .95, .9, .85, .8, .7, .6, .45), # shares of the curvature mass to keep, gentlest first
     where:dict|None=None, # name -> blocks; None: first and last, middle, all
     tokens:tuple=("cls", "all"), # token positions of the factors
     projections:list|None=None, # only these, e.g. ["fc1", "fc2"]; None: all
     controls:bool=True, # the same masks in random directions too
     seed:int=0, # of the random directions
     progress:bool=True, # a bar
-) -> VisionTable: # rows as of compare_edits, with method, tokens, where and strength
-    "One edit for every choice of tokens, blocks and strength. The model is left as it was."
-    n = pg.model.config.num_hidden_layers
-    where = where or {"first + last": [0, n - 1], "middle": list(range(1, n - 1)), "all": list(range(n))}
-    before, table = pg.scores(), VisionTable()
+) -> VisionTable: # rows as of compare_edits, with method, tokens, where, strength and edit
+    "One edit for every choice of tokens, blocks and strength. Of the clean images only 500 are scored, to save time; curvature comes from all. The model is left as it was. ValueError where blocks, tokens or strengths are none."
+    n, lean = pg.model.config.num_hidden_layers, _lean(pg)
+    where = where or {k: b for k, b in {"first + last": [0, n - 1], "middle": list(range(1, n - 1)), "all": list(range(n))}.items() if b}
+    if not len(strengths) or not len(tokens) or set(tokens) - {"cls", "all"}: raise ValueError(f'tokens={tokens} and strengths={strengths}: give at least one of each, tokens being "cls" or "all".')
+    before, table = lean.scores(), VisionTable()
     todo = [(t, w, r) for t in tokens for w in where for r in strengths]
     bases = {t: pg.factors(tokens=t, targets="all").eigen(progress=False) for t in tokens}
     for t, w, r in tqdm(todo, desc="sweep", disable=not progress):
         for method, b in {"K-FAC": bases[t], **({"random": bases[t].random(seed)} if controls else {})}.items():
             edit = b.keep(rho=r, blocks=where[w], projections=projections)
-            with edit.applied(pg.model): s = pg.scores()
+            with edit.applied(pg.model): s = lean.scores()
             table.append(dict(name=f"{t}, {w}, {r:g}: {method}", kept=edit.kept, scores=s, change=s.change(before), method=method, tokens=t, where=w, strength=r, edit=edit))
     return table
+
+def _lean(pg:VisionPlayground, n:int=500) -> VisionPlayground:
+    "The same model with the noised and held-out images, and n of the clean ones."
+    i = torch.cat([pg.memorized, pg.clean[:n], pg.heldout]); m = len(i) - len(pg.heldout)
+    return VisionPlayground(pg.kind, pg.model, pg.images[i], pg.noised[i], pg.true[i], torch.arange(m, len(i)), pg.classes, pg.plan, pg.log, pg.notes)
 
 # %% ../nbs/12_vision.ipynb #20b3f1d0
 def at_memorised(
@@ -354,7 +360,7 @@ def flip_figure(
     f = flips(pg, edit); among = [k for k, v in enumerate(f["verdict"]) if v in show]
     if not among: raise ValueError(f"No image is {' or '.join(show)} after this edit; there are {', '.join(dict.fromkeys(f['verdict']))}.")
     some = [among[k] for k in torch.randperm(len(among), generator=torch.Generator().manual_seed(seed))[:n].tolist()]
-    fig = _Figure(figsize=(9, 2.35*-(-len(some)//6) + .3), dpi=70, layout="constrained", facecolor="white")
+    fig = _Figure(figsize=(9, 2.05*-(-len(some)//6) + .3), dpi=70, layout="constrained", facecolor="white")
     for ax, k in zip(fig.subplots(-(-len(some)//6), 6, squeeze=False).flat, some + [None]*(-len(some) % 6)):
         ax.set_axis_off()
         if k is not None: _draw_flip(ax, pg, f, k)

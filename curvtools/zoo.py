@@ -626,7 +626,7 @@ def _watch(model:nn.Module, stream:Stream) -> dict:
     model.eval(); t = strict_by_tier(model, stream.memorized + stream.unseen + stream.noised)
     out = dict(heldout=round(_loss(model, stream.heldout[:96]), 4),
                strict={f"{r['kind']} {r['tier']}": round(r["strict"], 3) for r in t}, right={f"{r['kind']} {r['tier']}": round(r["right"], 3) for r in t}, 
-               tasks={f"{x.family}, {x.stratum}": round(x.accuracy, 3) for x in ask(model, stream.tokenizer, stream.tasks[::3], progress=False)} if stream.tasks else {})
+               tasks={f"{x.family}, {x.stratum}": round(x.accuracy, 3) for x in (ask(model, stream.tokenizer, stream.tasks[::3], progress=False) if stream.tasks else [])})
     model.train(); return out
 
 # %% ../nbs/13_zoo.ipynb #f5f6e983

@@ -125,3 +125,16 @@ def test_two_sided_fused_edit_equals_the_separate_ones_at_one_threshold_without_
     fused = Plan(f.target, e, kept.rows).new_weight(weight(phi, f.target))
     assert sum(int((torch.outer(a.eigen()[a[0, p].target.name].lam, e.mu) > tau).sum()) for p in "qkv") == kept.kept
     torch.testing.assert_close(fused, torch.cat(new), rtol=1e-4, atol=1e-5)
+
+
+def test_gpt2_conv1d_edit_is_exact(made):
+    "GPT-2 keeps W transposed (Conv1D): the module's output under the edit is that of UG (mask * C) UA^T, in its own orientation."
+    model, factors = made["gpt2"]; basis = factors.eigen(); edit = basis.keep(rho=.6, projections="qkv")
+    t = find_targets(model, "attention", blocks=0, projections="qkv")[0]; m, e, p = model.get_submodule(t.name), basis[t.name], edit.plan[t.name]
+    W = weight(model, t); assert tuple(W.shape) == (t.d_out, t.d_in) and torch.equal(W, m.weight.T)
+    pi = torch.outer(e.lam, e.mu); mask = torch.arange(t.d_in)[None] < p.rows[:, None]
+    assert float(pi[mask].sum()/pi.sum()) >= .6 and float(pi[mask].min()) >= float(pi[~mask].max())
+    UG, UA = e.UG.double(), e.UA.double(); want = UG @ (mask*(UG.T @ W @ UA)) @ UA.T
+    with edit.applied(model): torch.testing.assert_close(m.weight.T, want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(weight(model, t), W)
+    with basis.keep(rho=1.).applied(model): assert torch.equal(weight(model, t), W)

@@ -142,3 +142,14 @@ def test_alpha_agrees_with_weightwatcher():
     theirs, ours = dict(zip(d.longname, d.alpha)), weight_spectrum(model)
     assert set(ours) <= set(theirs)
     for n, s in ours.items(): assert s.alpha == pytest.approx(theirs[n], rel=1e-3), n
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (512, 128)])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_planted_directions_are_counted(shape, k):
+    m = new_vit(hidden=128, blocks=1, mlp=512); g = torch.Generator().manual_seed(k)
+    for layer in (m.vit.layers[0].attention.q_proj, m.vit.layers[0].mlp.fc1):
+        if tuple(layer.weight.shape) != shape: continue
+        u, v = (torch.linalg.qr(torch.randn(n, k, generator=g))[0] for n in shape)
+        layer.weight.data.copy_(.02*(torch.randn(shape, generator=g) + u @ torch.diag((shape[0]**.5 + shape[1]**.5)*torch.linspace(1.5, 5, k)) @ v.T))
+    assert next(s for s in weight_spectrum(m).values() if (s.target.d_out, s.target.d_in) == shape).spikes == k

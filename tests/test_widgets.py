@@ -458,17 +458,17 @@ def test_state_goes_out_and_in(P):
     lab.show("probe")
     state = json.loads(json.dumps(lab.state)); there, rows = lab.checksum(), lab.editor.c.readout.value
     lab.session.reset()
-    again = Lab.from_state(json.dumps(state), **P)
+    again = Lab.from_state(json.dumps(state), **P).wait()
     assert again.state == state and again.checksum() == there and again.panel.title == "Probe"
     assert again.probe.passage == lab.probe.passage and again.explorer.c.component.value == (3, 2) and len(again.session.states) == 3
     again.session.reset()
-    with pytest.raises(ValueError, match="belongs to weights"): Lab.from_state(state, **parts(1))
+    with pytest.raises(ValueError, match="belongs to weights"): Lab.from_state(state, **parts(1)).wait()
     with pytest.raises(ValueError, match="no state of a Lab"): Lab.from_state({"kind": "x"}, **P)
     with pytest.raises(ValueError): Lab.from_state("{", **P)
     for odd in ([1], None, {k: v for k, v in state.items() if k != "at"}): 
         with pytest.raises(ValueError, match="no state of a Lab|not complete"): Lab.from_state(json.dumps(odd), **P)
     for k, v in (("front", 77), ("at", 9), ("history", [dict(spec(), method="magic", control=False)]), ("panels", dict(editor=dict(blocks=[99])))):
-        with pytest.raises(ValueError): Lab.from_state(dict(state, **{k: v}), **P)
+        with pytest.raises(ValueError): Lab.from_state(dict(state, **{k: v}), **P).wait()
         assert checksum(P["model"], lab.session.targets) == state["weights"]
 
 
@@ -621,7 +621,7 @@ def test_other_passages_go_along_with_the_state(P):
     ed.plan(rho=.5).apply(); ed.apply(); ed.undo()
     state, rows = lab.state, ed.c.readout.value
     lab.session.reset()
-    again = Lab.from_state(state, **P)
+    again = Lab.from_state(state, **P).wait()
     assert again.state == state and again.show("editor").c.readout.value == rows and "n = 12" in text(again.editor.c.readout)
     again.editor.redo(); assert again.session.now.seen is not None and "control" in again.editor.c.readout.value
 

@@ -415,8 +415,8 @@ def _picture() -> W.HTML: return W.HTML(layout=dict(flex="1 1 320px", max_width=
 # %% ../nbs/11_widgets.ipynb #b6e313bc
 _busy = "Busy ({}): a changed setting is shown when that is done; press a button again then."
 
-def _guard(p, what:str, f:Callable, slow:bool=True) -> Callable:
-    "A callback: locked, in inference mode, errors to the status line; put off while a worker runs; itself in a worker where it may take long, unless slow=False."
+def _guard(p, what:str, f:Callable) -> Callable:
+    "A callback: locked, in inference mode, errors to the status line; put off while a worker runs; itself in a worker where it may take long."
     s = p.session
     def callback(_=None):
         other = threading.current_thread() is not s.thread        # not the worker itself
@@ -427,7 +427,7 @@ def _guard(p, what:str, f:Callable, slow:bool=True) -> Callable:
             if s.job and other: return _say(p, _busy.format(s.job))
             if p.quiet: p.late = False; return                    # set by one of our own methods, on this thread
             p.late = False
-            if slow and p.slow(what): return _start(p, what, lambda: _in_worker(p, f))
+            if p.slow(what): return _start(p, what, lambda: _in_worker(p, f))
             with torch.inference_mode(): _run(p, what, f)
         finally: s.lock.release()
     return callback
@@ -495,6 +495,11 @@ def _start(p, what:str, f:Callable) -> None:
                 if q.late: _guard(q, "redraw", q.catch_up)()
     s.thread = threading.Thread(target=work, daemon=True, name=f"curvtools: {what}")
     s.thread.start()
+
+def _move(p, box:Any, to:int) -> None:
+    "What previous and next do: set the box, or say that there is no more."
+    if box.value == to: p.session.job or _say(p, f"{box.description} {to}: there is no more on this side.")
+    else: box.value = to
 
 def _step(p, done:int, total:int, what:str) -> None:
     "The same for what may be part of a job, or quick enough to be none."
@@ -650,6 +655,7 @@ def _do(p, f:Callable) -> Any: # the panel
         if not p.session.job: p.session.cancel.clear()
         if p.stale: p.redraw()
         f()
+        if not p.session.job and "…" in p.c.status.value: _say(p, "done")
     return p
 
 _css = dark_css + '<style>.curvtools-tabs > .lm-TabBar .lm-TabBar-tab {min-width: max-content; padding: 0 8px} .curvtools-tabs > .lm-TabBar, .curvtools-tabs > .lm-TabBar > * {flex-wrap: wrap; height: auto; max-height: none; min-height: 0}</style>'   # dark pictures; names of tabs in full
@@ -727,7 +733,7 @@ class Explorer(Panel):
         self.on("rho", lambda: _draw_kept(self), "rho")
         self.on("components", lambda: _draw_components(self), "by", "k")
         self.on("component", lambda: _draw_component(self), "component")
-        for n, by in (("prev", -1), ("next", 1)): getattr(self.c, n).on_click(lambda _, by=by: setattr(self.c.block, "value", self._beside(by)))
+        for n, by in (("prev", -1), ("next", 1)): getattr(self.c, n).on_click(lambda _, by=by: _move(self, self.c.block, self._beside(by)))
         self.press("stable", "two halves", lambda: self._halves())
     def fill(self):
         blocks = sorted({t.block for t in self.session.targets})
@@ -896,7 +902,7 @@ class Probe(Panel):
         self.on("your text", lambda: (self._paste(), self.draw()), "pasted")
         self.on("passage", lambda: (self._start_over(), self.draw()), "index")
         self.on("split", lambda: self.draw(), "split")
-        for n, by in (("prev", -1), ("next", 1)): getattr(self.c, n).on_click(lambda _, by=by: setattr(self.c.index, "value", min(max(self.c.index.value + by, 1), self.c.index.max)))
+        for n, by in (("prev", -1), ("next", 1)): getattr(self.c, n).on_click(lambda _, by=by: _move(self, self.c.index, min(max(self.c.index.value + by, 1), self.c.index.max)))
         self.press("recited", "look for the next", lambda: self._next_recited())
     def fill(self):
         s = self.session
@@ -1428,7 +1434,7 @@ class Lab(W.VBox):
     @property
     def state(self) -> dict: return _lab_state(self)
     @classmethod
-    def from_state(cls, state, playground=None, **parts) -> "Lab": return cls(playground, state=state, **parts)   # made in the background; `wait` raises what went wrong
+    def from_state(cls, state, playground=None, **parts) -> "Lab": return cls(playground, state=_read_state(state), **parts)   # made in the background; `wait` raises what went wrong
     def close(self):
         for p in vars(self).get("panels", {}).values(): p.close()
         if "tabs" in vars(self): self.tabs.unobserve_all(); self.tabs.close()
@@ -1446,11 +1452,19 @@ def _lab_state(lab:Lab) -> dict:
 def _read_state(state:Any) -> dict:
     "A state as dict, from a dict, JSON or a Path. ValueError for anything else."
     if isinstance(state, Path): state = state.read_text(encoding="utf-8")
-    if not isinstance(state, dict): state = json.loads(state)
+    try: state = state if isinstance(state, dict) else json.loads(state)
+    except (TypeError, RecursionError) as e: raise ValueError(f"this is no state of a Lab: {e}") from e
     kind = state.get("kind") if isinstance(state, dict) else type(state).__name__
     if kind != _state_kind: raise ValueError(f"this is no state of a Lab: its kind is {kind!r}, not {_state_kind!r}")
     if missing := {"weights", "front", "seen", "history", "at", "back", "ahead", "panels"} - state.keys(): raise ValueError(f"this state of a Lab is not complete: {', '.join(sorted(missing))} missing")
+    if odd := [k for k, ok in _sound(state).items() if not ok]: raise ValueError(f"this state of a Lab cannot be restored: no Lab writes such {', '.join(odd)}")
     return state
+
+def _sound(state:dict) -> dict: # part -> could a Lab have written it?
+    h, whole = state["history"], lambda x, n: type(x) is int and 0 <= x < n
+    steps = lambda xs: isinstance(xs, list) and isinstance(h, list) and all(whole(x, len(h) + 1) for x in xs)
+    return dict(history=isinstance(h, list) and all(isinstance(x, dict) for x in h), at=steps([state["at"]]), back=steps(state["back"]), ahead=steps(state["ahead"]), front=whole(state["front"], len(Lab.kinds)),
+                seen=type(state["seen"]) is int, panels=isinstance(state["panels"], dict) and all(k in [x.__name__.lower() for x in Lab.kinds] and isinstance(v, dict) for k, v in state["panels"].items()))
 
 def _restore_lab(lab:Lab, state:dict) -> None:
     "History and view of a state, with a bar. If it fails or is cancelled, the Lab has the original weights and no history, and `wait` raises why: ValueError for what is no state, or of other weights."

@@ -52,7 +52,7 @@ def test_look_at_matrices_by_keyboard(lab):
     shown(1)
     lab.role("button", "Previous block").focus(); lab.page.keyboard.press("Enter")
     shown(0)
-    lab.press("Previous block"); lab.says("look: done")           # there is none below: it stays
+    lab.press("Previous block"); lab.says("Block 0: there is no more")   # it stays
     assert block.input_value() == "0"
     lab.press("Next block"); shown(1)
     lab.role("combobox", "Projection").select_option("v"); shown(1, "v")

@@ -6,8 +6,8 @@
 __all__ = ['trained', 'checksum', 'Cancelled', 'stoppable', 'some_of', 'Sorted', 'State', 'Session', 'readout_html', 'preview',
            'preview_html', 'Snapshot', 'Panel', 'Explorer', 'Probe', 'Editor', 'Spectrum', 'Lens', 'Lab']
 
-# %% ../nbs/11_widgets.ipynb #d335f60d
-import csv, hashlib, html, json, math, random, threading, time, traceback
+# %% ../nbs/11_widgets.ipynb #c1a9d65b
+import csv, hashlib, html, itertools, json, math, random, threading, time, traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -27,7 +27,7 @@ from .decompose import eigen
 from .edit import planned
 from .evaluate import bands, halves, memory_score, top_tokens
 from .kfac import collect
-from .plots import (band_energy, band_lines, bars, frontier, heat_strip, image_grid, img, kept_region, mass_curve, overlap,
+from .plots import (band_energy, band_lines, bars, dark_css, frontier, heat_strip, image_grid, img, kept_region, mass_curve, overlap,
                     side_by_side, spectrum, token_texts, _visible)
 from .baselines import second_moments
 from .reading import band_overlap, energy_bands, inputs, reading_html, reads, writes, writing_html
@@ -109,7 +109,7 @@ class State:
     control:Any=None # the same of its control, the same mask in random directions
     preview:dict=field(default_factory=dict)
 
-# %% ../nbs/11_widgets.ipynb #caefd186
+# %% ../nbs/11_widgets.ipynb #da7d0fc0
 class Session:
     "A model, its data, its curvature and the history of edits, behind one lock. Knows nothing of widgets."
     def __init__(self,
@@ -132,6 +132,8 @@ class Session:
         self.basis = self.handle = self.moments = self.top = None        # basis; the edit in place; for EK-FAC; for nDCG
         self.states, self.at, self.back, self.ahead = [State("original")], 0, [], []
         self.job, self.thread, self.panels, self.texts, self.cache = "", None, [], {}, {}
+        self.lost = None                                           # why a state could not be restored, until someone was told
+        self.size = sum(p.numel() for p in self.model.parameters())
         self.seen = next((t for t in sorted({p.tier for p in self.memorized}) if t >= 64), 0)  # measured on passages seen at least so often
         self.sample = _sample(self, self.seen)
     @property
@@ -233,7 +235,7 @@ def _measures(s:Session, seen:Any) -> dict: # name -> Measure
     "All measures of a state, with those relative to the original."
     return seen.measures(_alike(s.states[0].seen, seen))
 
-# %% ../nbs/11_widgets.ipynb #8e647a7f
+# %% ../nbs/11_widgets.ipynb #c367d77f
 trained = ("BSN", "gradient ascent", "NPO") # they are shown half of the passages
 
 def _methods(s:Session) -> dict: # name -> Method
@@ -250,16 +252,22 @@ def _method_names(s:Session) -> list:
     names = list(_methods(s)) + ["plan"]*bool((s.plan or {}).get("keep"))
     return names if "EK-FAC" in names or s.clean is None else ["K-FAC", "EK-FAC", *names[1:]]
 
-def _make(s:Session, spec:dict) -> Any: # Edit
+def _make(s:Session, spec:dict, tell:Callable=lambda *a: None) -> Any: # Edit
     "The edit that a spec describes; the original weights must be in the model."
     if spec["method"] == "plan": return planned(s.basis, s.plan)
-    if spec["method"] == "EK-FAC" and s.moments is None: s.moments = second_moments(s.model, s.basis, _watched(s, s.curvature_data), progress=False)
-    m, at = _methods(s)[spec["method"]], {k: list(spec[k]) for k in ("blocks", "projections")}
-    return m.make(**{spec["knob"]: spec["strength"]}, **at)
+    if spec["method"] == "EK-FAC" and s.moments is None: s.moments = _moments(s, tell)
+    m, at, n = _methods(s)[spec["method"]], {k: list(spec[k]) for k in ("blocks", "projections")}, itertools.count(1)
+    def tick(): k = next(n); k % 5 or tell(0, 0, f"training {spec['method']}, pass {k}")
+    with stoppable(s.model, s.cancel, tick if spec["method"] in trained else lambda: None): return m.make(**{spec["knob"]: spec["strength"]}, **at)
+
+def _moments(s:Session, tell:Callable) -> Any: # of EK-FAC
+    data = s.curvature_data
+    total = len(data) if hasattr(data, "__len__") else 0
+    with stoppable(s.model, s.cancel): return second_moments(s.model, s.basis, _watched(s, data, lambda i: tell(i, total, "second moments for EK-FAC, batch")), progress=False)
 
 def _spec_name(spec:dict) -> str: return "plan" if spec["method"] == "plan" else f"{spec['method']}, {spec['knob']} {spec['strength']:g}, blocks {', '.join(map(str, spec['blocks']))}, {' '.join(spec['projections'])}"
 
-# %% ../nbs/11_widgets.ipynb #9a1ac998
+# %% ../nbs/11_widgets.ipynb #35cd3ea2
 def _spec_code(s:Session, spec:dict) -> str:
     "The edit in Python."
     at, m = f"{spec['knob']}={spec['strength']:g}, blocks={list(spec['blocks'])}, projections={list(spec['projections'])}", s.names["model"]
@@ -274,7 +282,7 @@ def _apply(s:Session, spec:dict, control:bool, questions:bool, step:Callable, qu
     with s.lock, stoppable(s.model, s.cancel):
         with s.original():
             step(0, 3, "making the edit")
-            state = State(_spec_name(spec), spec, _make(s, spec))
+            state = State(_spec_name(spec), spec, _make(s, spec, step))
             if s.states[0].seen is None: step(0, 3, "measuring the original"); s.states[0].seen = s.look()
             if control: step(1, 3, "measuring the control"); state.control = _control(s, state.edit, questions)
         s.states.append(state)
@@ -404,11 +412,11 @@ def _scrolled(rows:list, note:str="") -> str: # HTML
 _apart = '<{} style="padding:2px 12px 2px 0;text-align:left">'
 def _picture() -> W.HTML: return W.HTML(layout=dict(flex="1 1 320px", max_width="440px", min_width="0"))
 
-# %% ../nbs/11_widgets.ipynb #0294c91a
+# %% ../nbs/11_widgets.ipynb #b6e313bc
 _busy = "Busy ({}): a changed setting is shown when that is done; press a button again then."
 
 def _guard(p, what:str, f:Callable) -> Callable:
-    "A callback: locked, in inference mode, errors to the status line; put off while a worker runs."
+    "A callback: locked, in inference mode, errors to the status line; put off while a worker runs; itself in a worker where it may take long."
     s = p.session
     def callback(_=None):
         other = threading.current_thread() is not s.thread        # not the worker itself
@@ -419,9 +427,16 @@ def _guard(p, what:str, f:Callable) -> Callable:
             if s.job and other: return _say(p, _busy.format(s.job))
             if p.quiet: p.late = False; return                    # set by one of our own methods, on this thread
             p.late = False
+            if p.slow(what): return _start(p, what, lambda: _in_worker(p, f))
             with torch.inference_mode(): _run(p, what, f)
         finally: s.lock.release()
     return callback
+
+def _in_worker(p, f:Callable) -> None:
+    "What a callback does, where Cancel can stop it; what was not drawn then is drawn when the panel is seen again."
+    s, p.stale = p.session, True
+    with s.lock, torch.inference_mode(), stoppable(s.model, s.cancel): f()
+    p.stale = False
 
 def _run(p, what:str, f:Callable) -> bool: # did it work?
     "Do it, and say how that went in the status line."
@@ -433,10 +448,11 @@ def _run(p, what:str, f:Callable) -> bool: # did it work?
         p.failed = e
         _say(p, f"{what} failed. {type(e).__name__}: {e}", traceback.format_exc())
         return False
-    _say(p, f"{what}: done in {time.perf_counter() - t0:.2f} s")
+    t = time.perf_counter() - t0; p.took[what] = max(t, .5*p.took.get(what, 0))
+    _say(p, f"{what}: done in {t:.2f} s")
     return True
 
-# %% ../nbs/11_widgets.ipynb #77337580
+# %% ../nbs/11_widgets.ipynb #5c4ac4d8
 def _say(p, text:str, details:str="") -> None:
     "The status line, with details to unfold."
     fold = f'<details><summary>details</summary><pre style="white-space:pre-wrap">{html.escape(_visible_lines(details))}</pre></details>' if details else ""
@@ -450,14 +466,15 @@ def _code(p, line:str) -> None:
     p.line, p.c.code.value = line, f'<pre style="margin:2px 0;white-space:pre-wrap;overflow-wrap:anywhere" aria-label="the same in Python">{html.escape(_visible_lines(line))}</pre>'
 
 def _tell(p, done:int, total:int, what:str) -> None:
-    "Move the bar and say what is being done, and for how much longer where that can be known."
+    "Move the bar and say what is being done, and for how much longer where that can be known. Cancelled, if that was asked for."
+    if p.session.cancel.is_set(): raise Cancelled("cancelled; the model is as it was")
     p.c.bar.max, p.c.bar.value, now = max(total, 1), done, time.perf_counter()
     if not done or what.split(",")[0] != p.phase[0]: p.phase = what.split(",")[0], now, done
     _, t0, d0 = p.phase
     eta = f", about {(now - t0)/(done - d0)*(total - done):.0f} s left" if done > d0 and now - t0 > 1 and total else ""
     _say(p, f"{what} {done + 1} of {total}{eta} …" if total > 1 else f"{what} …")
 
-# %% ../nbs/11_widgets.ipynb #b6a58b02
+# %% ../nbs/11_widgets.ipynb #8031a5ce
 def _start(p, what:str, f:Callable) -> None:
     "Run f in a worker thread: bar and Cancel while it runs, then what changed meanwhile is redrawn."
     s = p.session
@@ -478,6 +495,15 @@ def _start(p, what:str, f:Callable) -> None:
                 if q.late: _guard(q, "redraw", q.catch_up)()
     s.thread = threading.Thread(target=work, daemon=True, name=f"curvtools: {what}")
     s.thread.start()
+
+def _move(p, box:Any, to:int) -> None:
+    "What previous and next do: set the box, or say that there is no more."
+    if box.value == to: p.session.job or _say(p, f"{box.description} {to}: there is no more on this side.")
+    else: box.value = to
+
+def _step(p, done:int, total:int, what:str) -> None:
+    "The same for what may be part of a job, or quick enough to be none."
+    if p.session.job: _tell(p, done, total, what)
 
 def _show_job(p) -> None:
     "Bar and Cancel are there while something runs."
@@ -534,7 +560,7 @@ class Snapshot:
         tmp.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.title)}</title><body style="font-family:sans-serif">{self.html}</body></html>', encoding="utf-8")
         return tmp.replace(path)
 
-# %% ../nbs/11_widgets.ipynb #e4f3b4a1
+# %% ../nbs/11_widgets.ipynb #9cdeda66
 class Panel(W.VBox):
     "One view of a session: `Explorer`, `Probe`, `Editor`, `Spectrum` or `Lens`. Shared with other code, use `with panel.session.lock:`."
     title, keeps, shows = "", (), ()
@@ -545,13 +571,13 @@ class Panel(W.VBox):
     ):
         self.session = s = session if isinstance(session, Session) else Session(session)
         self.line, self.late, self.quiet, self.visible, self.stale, self.failed, self.phase = "", False, False, visible, False, None, ("", 0., 0)
-        self.figures, self.data, self.c = {}, {}, SimpleNamespace()
+        self.figures, self.data, self.took, self.c = {}, {}, {}, SimpleNamespace()
         self.c.status, self.c.code = W.HTML(), W.HTML()
         self.c.bar, self.c.cancel = W.IntProgress(layout=dict(width="160px", visibility="hidden")), W.Button(description="Cancel", disabled=True, layout=dict(width="auto"))
         self.c.export = W.Button(description="Save figures", tooltip="PNG, SVG and CSV of every figure of this panel, in the folder curvtools-figures", layout=dict(width="auto"))
-        super().__init__([*self.build(), _row(self.c.status, self.c.bar, self.c.cancel, self.c.export, align_items="center"), self.c.code], layout=dict(padding="4px"))
+        super().__init__([*self.build(), _row(self.c.status, self.c.bar, self.c.cancel, self.c.export, align_items="center"), self.c.code, W.HTML(_css, layout=dict(display="none"))], layout=dict(padding="4px"))
         self.c.cancel.on_click(lambda _: s.cancel.set())
-        self.c.export.on_click(_guard(self, "save figures", lambda: self.export("curvtools-figures")))
+        self.c.export.on_click(lambda _: _start(self, "save figures", lambda: self.export("curvtools-figures")))
         self.wire(); s.panels.append(self)
         if s.basis is None: _enable(self, False); start and self.load()
         else: _show_first(self)
@@ -559,10 +585,11 @@ class Panel(W.VBox):
     def wire(self): pass
     def fill(self): pass                                                      # options of the controls, from the session
     def settle(self): pass                                                    # bring controls that depend on others in line
+    def slow(self, what:str) -> bool: return self.session.size > 10**7 or self.took.get(what, 0) > .7   # may it take over a second?
     def draw(self): pass
     def load(self): _start(self, "curvature", lambda: _load_all(self)); return self
     def on(self, what:str, f:Callable, *names): [getattr(self.c, n).observe(_guard(self, what, f), "value") for n in names]
-    def press(self, name:str, what:str, f:Callable, worker:bool=False): getattr(self.c, name).on_click((lambda _: _start(self, what, f)) if worker else _guard(self, what, f))
+    def press(self, name:str, what:str, f:Callable): getattr(self.c, name).on_click(lambda _: _start(self, what, f))   # in a worker
     def redraw(self):
         "Everything, from the controls as they are."
         self.stale = True                                         # still so if drawing fails
@@ -589,15 +616,17 @@ class Panel(W.VBox):
     _close = staticmethod(_close)                                 # at hand even while the interpreter ends
     def _repr_mimebundle_(self, **kw): return dict(super()._repr_mimebundle_(**kw) or {}, **{"text/html": self.snapshot().html})
 
-# %% ../nbs/11_widgets.ipynb #99af82d7
+# %% ../nbs/11_widgets.ipynb #8e61fa0e
 def _load_all(p) -> None:
     "Under one lock, so that nobody meets panels that are not filled yet."
     with p.session.lock: p.session.load(lambda *a: _tell(p, *a)); _changed(p.session, True)
 
 def _show_first(p) -> None:
     with p.session.lock: _try(p, lambda: _fill(p))
-    if not p.visible: p.stale = True; return
-    with p.session.lock: _try(p, p.redraw)
+    p.stale = True
+    if p.visible and p.slow("redraw"): _start(p, "redraw", lambda: _in_worker(p, p.redraw))
+    elif p.visible:
+        with p.session.lock: _try(p, p.redraw)
 
 def _fill(p) -> None:
     with _quiet(p): p.fill()
@@ -615,19 +644,23 @@ def _wait(p, timeout:float|None) -> Any: # the panel
     end = None if timeout is None else time.monotonic() + timeout
     while (t := s.thread) is not None and t is not me and t.is_alive() and (end is None or time.monotonic() < end): t.join(None if end is None else max(0, end - time.monotonic()))
     if s.job and s.thread is not me: raise TimeoutError(f"still busy ({s.job}) after {timeout} s")
-    if s.basis is None: raise RuntimeError(f"There is no curvature ({type(p.failed).__name__}: {p.failed}); .load() starts again.") from p.failed
+    if s.basis is None: s.lost = None; raise RuntimeError(f"There is no curvature ({type(p.failed).__name__}: {p.failed}); .load() starts again.") from p.failed
+    if s.lost and s.thread is not me: lost, s.lost = s.lost, None; raise lost
     return p
 
 def _do(p, f:Callable) -> Any: # the panel
     "f, once the curvature is there, under the lock and in inference mode; unlike a click it raises its errors."
-    if p.session.basis is None or p.session.job == "curvature": _wait(p, None)
+    if p.session.basis is None or p.session.lost or p.session.job in ("curvature", "restore"): _wait(p, None)
     with p.session.lock, torch.inference_mode():
         if not p.session.job: p.session.cancel.clear()
         if p.stale: p.redraw()
         f()
+        if not p.session.job and "…" in p.c.status.value: _say(p, "done")
     return p
 
-_fixed = dict(spectrum=.32, mass=.37, region=.27, energy=.42)             # room below the axes, for the legend
+_css = dark_css + '<style>.curvtools-tabs > .lm-TabBar .lm-TabBar-tab {min-width: max-content; padding: 0 8px} .curvtools-tabs > .lm-TabBar, .curvtools-tabs > .lm-TabBar > * {flex-wrap: wrap; height: auto; max-height: none; min-height: 0}</style>'   # dark pictures; names of tabs in full
+
+_fixed = dict(spectrum=.32, mass=.37, region=.27, energy=.4)             # room below the axes, for the legend
 
 def _figure(p, name:str, alt:str, f:Callable, rows:list, size:tuple) -> None:
     "Draw a figure of this panel again, on the same Figure, and show it; `rows` are its data."
@@ -637,7 +670,7 @@ def _figure(p, name:str, alt:str, f:Callable, rows:list, size:tuple) -> None:
     if name in _fixed: p.figures[name].subplots_adjust(left=.2, right=.97, top=.85, bottom=_fixed[name])       # half the time of a constrained layout
     getattr(p.c, name).value = img(p.figures[name], alt)
 
-# %% ../nbs/11_widgets.ipynb #aa9c4ff7
+# %% ../nbs/11_widgets.ipynb #db7acda1
 def _export(p, folder:Any) -> list: # paths
     "PNG, SVG and CSV of every figure that is there. ValueError if there is none."
     if not p.figures: raise ValueError("there is no figure to save yet")
@@ -660,7 +693,7 @@ def _snapshot(p) -> Snapshot:
         told = ", ".join(f"{w.description}: {_in_words(w)}" for w in (getattr(c, k) for k in p.keeps) if w.description and not isinstance(w, W.Textarea))
         body = "".join(f'<div style="flex:1 1 auto;min-width:0">{getattr(c, k).value}</div>' for k in p.shows if getattr(c, k).value)
         foot = f'<div style="font-size:12px">curvtools {__version__}; weights {p.session.checksum()}, {html.escape(p.session.now.name)}</div>'
-        return Snapshot("<div>" + box.format(f"<b>{p.title}</b> (static copy). {html.escape(_visible(told))}") + f'<div style="display:flex;flex-wrap:wrap;gap:8px 16px">{body}</div>' + c.code.value + foot + "</div>", p.title)
+        return Snapshot(f"<div>{dark_css}" + box.format(f"<b>{p.title}</b> (static copy). {html.escape(_visible(told))}") + f'<div style="display:flex;flex-wrap:wrap;gap:8px 16px">{body}</div>' + c.code.value + foot + "</div>", p.title)
 
 def _in_words(w:Any) -> str: return str(w.label) if isinstance(w, W.Dropdown) else ", ".join(map(str, w.value)) if isinstance(w.value, tuple) else "yes" if w.value is True else "no" if w.value is False else f"{w.value}"
 
@@ -675,7 +708,7 @@ def _restore(p, state:dict) -> None:
     p.redraw()
     if state.get("component"): _show_component(p, *state["component"])
 
-# %% ../nbs/11_widgets.ipynb #f815386b
+# %% ../nbs/11_widgets.ipynb #662968ae
 class Explorer(Panel):
     "Look at a matrix and at its components."
     title, keeps = "Explorer", ("block", "projection", "rho", "by", "k", "component")
@@ -692,7 +725,7 @@ class Explorer(Panel):
         for n in ("facts", "table", "reading", "writing"): setattr(c, n, W.HTML())
         for n in ("reading", "writing"): getattr(c, n).layout = dict(flex="1 1 320px", min_width="0")
         return [_row(*_cells([c.find], "1 1 260px", max_width="420px"), *_cells([c.block, c.projection], "1 1 180px", max_width="260px"), *_cells([c.prev, c.next], "0 1 130px")),
-                _row(*_cells([c.rho, c.rho_box], "1 1 220px", max_width="340px")), c.facts, _row(c.spectrum, c.mass, c.region, c.energy),
+                _row(*_cells([c.rho, c.rho_box], "1 1 220px", max_width="340px")), c.facts, _row(c.spectrum, c.mass, c.region, c.energy, max_width="900px"),
                 _heading("Components"), _row(*_cells([c.by, c.k], "1 1 180px", max_width="260px"), *_cells([c.component], "2 1 300px", max_width="520px"), *_cells([c.stable], "0 1 260px")), c.table, _row(c.reading, c.writing, c.overlap)]
     def wire(self):
         self.on("look", lambda: (self.settle(), self.draw()), "block", "projection")
@@ -700,8 +733,8 @@ class Explorer(Panel):
         self.on("rho", lambda: _draw_kept(self), "rho")
         self.on("components", lambda: _draw_components(self), "by", "k")
         self.on("component", lambda: _draw_component(self), "component")
-        self.press("prev", "look", lambda: self._step(-1)); self.press("next", "look", lambda: self._step(1))
-        self.press("stable", "two halves", lambda: self._halves(), worker=True)
+        for n, by in (("prev", -1), ("next", 1)): getattr(self.c, n).on_click(lambda _, by=by: _move(self, self.c.block, self._beside(by)))
+        self.press("stable", "two halves", lambda: self._halves())
     def fill(self):
         blocks = sorted({t.block for t in self.session.targets})
         self.c.block.max, self.c.block.min = blocks[-1], blocks[0]
@@ -713,15 +746,17 @@ class Explorer(Panel):
         with _quiet(self): _set(self.c.projection, [t.projection for t in self.session.targets if t.block == _nearest(self)])
     @property
     def eigen(self): return next(e for e in self.session.basis.values() if (e.target.block, e.target.projection) == (_nearest(self), self.c.projection.value))
-    def draw(self): _draw_matrix(self); _draw_kept(self); _draw_components(self); _code(self, f'e = basis["{self.eigen.target.name}"]\nspectrum(e); mass_curve(e, e.mask(rho={self.c.rho.value:g})); kept_region(e, e.mask(rho={self.c.rho.value:g}))')
+    def draw(self):
+        for k, f in enumerate((_draw_matrix, _draw_kept, _draw_components)): _step(self, k, 3, f"look at {self.eigen.target.name}, step"); f(self)
+        _code(self, f'e = basis["{self.eigen.target.name}"]\nspectrum(e); mass_curve(e, e.mask(rho={self.c.rho.value:g})); kept_region(e, e.mask(rho={self.c.rho.value:g}))')
     def choose(self, block=None, projection=None): return self.do(lambda: _choose(self, block, projection))
-    def step(self, by=1): return self.do(lambda: self._step(by))
+    def step(self, by=1): return self.do(lambda: _choose(self, self._beside(by), None))
     def find(self, text): return self.do(lambda: self._find(text))
     def show(self, i=None, j=None): return self.do(lambda: _show_component(self, i, j))
     def halves(self): return self.do(lambda: self._halves())
-    def _step(self, by):
+    def _beside(self, by:int) -> int:
         blocks = sorted({t.block for t in self.session.targets})
-        _choose(self, blocks[min(max(blocks.index(_nearest(self)) + by, 0), len(blocks) - 1)], None)
+        return blocks[min(max(blocks.index(_nearest(self)) + by, 0), len(blocks) - 1)]
     def _find(self, text=None):
         text = (self.c.find.value if text is None else text)[:200]
         hits = [t for t in self.session.targets if text.lower() in t.name.lower()]
@@ -769,7 +804,7 @@ def _draw_kept(p) -> None:
                        f'{e.mass_share(s):.2%} of the mass, {e.energy_share(s):.2%} of |W|².</div>')
     _code(p, f'e = basis["{e.target.name}"]\ns = e.mask(rho={rho:g}); s, e.mass_share(s), e.energy_share(s)')
 
-# %% ../nbs/11_widgets.ipynb #da9ea1bd
+# %% ../nbs/11_widgets.ipynb #eda2d891
 def _draw_components(p) -> None:
     "The table of the first and the last components, and the chosen one."
     e, k, by = p.eigen, p.c.k.value, p.c.by.value
@@ -803,7 +838,9 @@ def _inputs(p) -> Any: # Inputs of this matrix, kept for a few
     own = s.cache.setdefault("inputs", {})
     if id(e.UA) not in own:
         while len(own) > 3: own.pop(next(iter(own)))
-        own[id(e.UA)] = inputs(s.model, e.target, s.playground.batches(s.playground.clean[:200]) if s.kind == "vit" else _first(s.clean, 4096), progress=False)
+        data = s.playground.batches(s.playground.clean[:200]) if s.kind == "vit" else _first(s.clean, 4096)
+        total = len(data) if hasattr(data, "__len__") else 0
+        own[id(e.UA)] = inputs(s.model, e.target, _watched(s, data, lambda i: _step(p, i, total, "reading the text, batch")), progress=False)
     return own[id(e.UA)]
 
 def _show_component(p, i:int|None, j:int|None) -> None:
@@ -845,7 +882,7 @@ def _stability_note(p, i:int, j:int) -> str:
         text += f" Here: a direction of the flattest band finds a partner at |cos| {r['single']:.2f} in the other half (chance {r['single_chance']:.2f}); the bands overlap by {r['overlap']:.2f} (chance {r['chance']:.2f})."
     return f'<div style="margin-top:6px;line-height:1.4">{text}</div>'
 
-# %% ../nbs/11_widgets.ipynb #c6d18871
+# %% ../nbs/11_widgets.ipynb #99fc0ff4
 class Probe(Panel):
     "Is this passage recited? The continuation beside the truth, original and edited."
     title, keeps, shows = "Probe", ("which", "tier", "kind", "index", "pasted", "split"), ("text", "numbers")
@@ -856,14 +893,17 @@ class Probe(Panel):
         c.split, c.split_box = _slider("Prefix", "Int", value=1, min=1, max=2)
         c.prev, c.next, c.recited = _button("Previous passage", "The one before"), _button("Next passage", "The one after"), _button("Next that is still recited", "Go on to the next passage that the model, as it is now, recites to the last token")
         c.text, c.numbers = W.HTML(layout=dict(flex="1 1 100%", min_width="0")), W.HTML()
-        return [_row(*_cells([c.which, c.tier, c.kind, c.index], "1 1 210px", max_width="300px")), _row(*_cells([c.split, c.split_box], "1 1 220px", max_width="340px"), *_cells([c.prev, c.next], "0 1 140px"), *_cells([c.recited], "0 1 210px")), c.pasted, c.text, c.numbers]
+        sets, cut, more = _cells([c.which, c.tier, c.kind, c.index], "1 1 210px", max_width="300px"), _cells([c.split, c.split_box], "1 1 220px", max_width="340px"), _cells([c.recited], "0 1 210px")
+        if self.session.kind == "vit":                            # images have no prefix, tier or text of one's own
+            for w in (*sets[1:3], *cut, *more, c.pasted): w.layout.display = "none"
+        return [_row(*sets), _row(*cut, *_cells([c.prev, c.next], "0 1 140px"), *more), c.pasted, c.text, c.numbers]
     def wire(self):
         self.on("passages", lambda: (self.settle(), self._turn(-10**9)), "which", "tier", "kind")
         self.on("your text", lambda: (self._paste(), self.draw()), "pasted")
         self.on("passage", lambda: (self._start_over(), self.draw()), "index")
         self.on("split", lambda: self.draw(), "split")
-        self.press("prev", "passage", lambda: self._turn(-1)); self.press("next", "passage", lambda: self._turn(1))
-        self.press("recited", "look for the next", lambda: self._next_recited(), worker=True)
+        for n, by in (("prev", -1), ("next", 1)): getattr(self.c, n).on_click(lambda _, by=by: _move(self, self.c.index, min(max(self.c.index.value + by, 1), self.c.index.max)))
+        self.press("recited", "look for the next", lambda: self._next_recited())
     def fill(self):
         s = self.session
         _set(self.c.which, (["images"] if s.kind == "vit" else []) + [k for k, v in (("memorised", s.memorized), ("unseen", s.unseen)) if v] + ([] if s.kind == "vit" else ["your text"]))
@@ -992,7 +1032,7 @@ def _draw_images(p) -> None:
     p.c.text.value = f"<div>Images {24*k + 1} to {24*k + len(i)} of {len(pg.memorized)} with a wrong label in training{flips}</div>{image_grid(pg.images[i], rows, marks)}"
     _code(p, f"i = pg.memorized[{24*k}:{24*k + 24}]\npredict(pg.model, pg.images[i]), pg.noised[i], pg.true[i]")
 
-# %% ../nbs/11_widgets.ipynb #0dbf7370
+# %% ../nbs/11_widgets.ipynb #126e252f
 class Editor(Panel):
     "Plan an edit, apply it, read what it did, undo; every state stays."
     title, keeps = "Editor", ("blocks", "projections", "method", "knob", "strength", "seen", "control", "questions")
@@ -1016,9 +1056,9 @@ class Editor(Panel):
         self.on("plan", lambda: self._plan_changed(), "blocks", "projections")
         self.on("strength", lambda: self._moved(), "strength")
         self.on("measure on", lambda: self._measure_on(), "seen")
-        self.press("preview_now", "preview", lambda: _draw_preview(self, True), worker=True)
-        self.press("apply", "apply and measure", lambda: self._apply(), worker=True)
-        for n in ("undo", "redo", "reset"): self.press(n, n, lambda n=n: self._go(n), worker=True)
+        self.press("preview_now", "preview", lambda: _draw_preview(self, True))
+        self.press("apply", "apply and measure", lambda: self._apply())
+        for n in ("undo", "redo", "reset"): self.press(n, n, lambda n=n: self._go(n))
         self.c.history.observe(lambda ch: None if self.quiet else _start(self, "visit", lambda: self._go("goto", ch["new"])), "value")
     def fill(self):
         s, c = self.session, self.c
@@ -1059,7 +1099,7 @@ class Editor(Panel):
         _code(self, {"undo": "session.undo()", "redo": "session.redo()", "reset": "session.reset()  # bit for bit"}.get(way, f"session.goto({k[0] if k else 0})")); line = self.line; _changed(self.session, by=self); _code(self, line)
     def _measure_on(self): _measure_on(self)
 
-# %% ../nbs/11_widgets.ipynb #3e7a2527
+# %% ../nbs/11_widgets.ipynb #d9f6b2bc
 _free = {"gradient ascent", "NPO"} # strength is a learning rate, not a share
 
 def _knob(s:Session, method:str) -> str: return "rho" if method == "EK-FAC" and s.moments is None else "as it says" if method == "plan" else _methods(s)[method].knob
@@ -1101,7 +1141,7 @@ def _draw_preview(p, slow:bool=False) -> None:
     if spec["method"] in trained: p.c.preview.value = "This method is trained on half of the passages when you apply it; it takes a while. What it changes is known then."
     elif spec["method"] == "EK-FAC" and s.moments is None and not slow: p.c.preview.value = "EK-FAC needs one more pass over the data: press Preview or Apply."
     else:
-        with torch.inference_mode(not slow), s.original(), stoppable(s.model, s.cancel): p.c.preview.value = preview_html(preview(_make(s, spec)))
+        with torch.inference_mode(not slow), s.original(), stoppable(s.model, s.cancel): p.c.preview.value = preview_html(preview(_make(s, spec, lambda *a: _step(p, *a))))
     _code(p, _spec_code(s, spec))
 
 # %% ../nbs/11_widgets.ipynb #11948a4d
@@ -1182,7 +1222,7 @@ def _draw_frontier(p) -> None:
     names = list(dict.fromkeys(r["method"] for r in rows if r["strength"] is not None))
     p.figure("frontier", f"{len(own)} states: {y} against {x}, with controls", lambda f: frontier(rows, x, y, {"states of this session": names}, own[0], fig=f, top=max(r[y + "_high"] for r in rows)*1.02), rows, (5.6, 3.8))
 
-# %% ../nbs/11_widgets.ipynb #7c55599c
+# %% ../nbs/11_widgets.ipynb #e2108c3a
 class Spectrum(Panel):
     "What an edit keeps of each kind of behaviour, and where in the spectrum each kind lives."
     title, keeps, shows = "Spectrum", ("block", "projection"), ("note", "bars", "bands")
@@ -1195,7 +1235,7 @@ class Spectrum(Panel):
                 _row(*_cells([c.block, c.projection], "1 1 200px", max_width="300px"), *_cells([c.measure], "0 1 150px")), c.bands]
     def wire(self):
         self.on("bands", lambda: (self.settle(), _draw_bands(self)), "block", "projection")
-        self.press("measure", "bands", lambda: _measure_bands(self), worker=True)
+        self.press("measure", "bands", lambda: _measure_bands(self))
     def fill(self):
         _set(self.c.block, sorted({t.block for t in self.session.targets})); self.settle()
     def settle(self):
@@ -1274,7 +1314,7 @@ def _draw_bands(p) -> None:
     p.figure("bands", f"Activation energy by band at the input of {p.c.projection.value} in block {p.c.block.value}, relative to ordinary text: " + "; ".join(dict.fromkeys(r["text"] for r in rows)), lambda f: band_lines(rows, f), rows, (6.4, 4.2))
     _code(p, f"bands({p.session.names['model']}, basis, session.sample['passages']['memorised'], session.sample['windows']['heldout'], blocks=[{p.c.block.value}], projections={p.c.projection.value!r})")
 
-# %% ../nbs/11_widgets.ipynb #dd3d0171
+# %% ../nbs/11_widgets.ipynb #dd1121df
 class Lens(Panel):
     "Does this text look memorised? Each token coloured by the share of its activation energy in the flat directions."
     title, keeps, shows = "Lens", ("pasted", "width"), ("note", "before", "after")
@@ -1284,9 +1324,8 @@ class Lens(Panel):
         c.width, c.width_box = _slider("Window", "Int", value=8, min=1, max=64)
         c.note, c.before, c.after = W.HTML(), *(W.HTML(layout=dict(flex="1 1 320px", min_width="0", margin="0 16px 0 0")) for _ in range(2))
         return [c.pasted, _row(*_cells([c.width, c.width_box], "1 1 220px", max_width="340px")), c.note, _row(c.before, c.after)]
-    def wire(self): [getattr(self.c, n).observe(lambda _: None if self.quiet else _start(self, "score", self.redraw_in_lane), "value") for n in ("pasted", "width")]
-    def redraw_in_lane(self):
-        with self.session.lock, torch.inference_mode(), stoppable(self.session.model, self.session.cancel): self.redraw()
+    def wire(self): self.on("score", lambda: self.redraw(), "pasted", "width")
+    def slow(self, what:str) -> bool: return super().slow(what) or self.session.size > 10**6 and "scale" not in self.session.cache   # that takes longest
     def fill(self):
         s = self.session
         if not self.c.pasted.value and s.kind != "vit" and s.sample["passages"]:
@@ -1296,20 +1335,24 @@ class Lens(Panel):
     def draw(self): _draw_lens(self)
     def score(self, text): return self.do(lambda: (_set_text(self, text), self.draw()))
 
-# %% ../nbs/11_widgets.ipynb #2448527c
+# %% ../nbs/11_widgets.ipynb #bd00417e
 def _set_text(p, text:str) -> None:
     with _quiet(p): p.c.pasted.value = text
 
 def _context(s:Session, most:int) -> int: return min(most, getattr(s.model.config, "max_position_embeddings", most) or most)
 
-def _flat_shares(s:Session, ids:list) -> tuple: # (scores of tokens [n], of random directions)
-    "Score of every token but the first of each piece, which nothing predicts."
+def _flat_shares(p, ids:list, which:str) -> tuple: # (scores of tokens [n], of random directions)
+    "Score of every token but the first of each piece, which nothing predicts, under the weights in place; computed once."
+    s, key = p.session, (("flat", *ids), which)
+    if key in s.texts: return s.texts[key]
     out, chance, piece = [], [], _context(s, 256)
     for k in range(0, len(ids), piece):
+        _step(p, k//piece, -(-len(ids)//piece), f"scoring the text, {which}, part")
         part = ids[k:k + piece]
         if len(part) < 2: out += [math.nan]*len(part); chance.append(math.nan); continue
         m = memory_score(s.model, s.basis, torch.tensor([part]), progress=False)
         out += [math.nan, *m.tokens[0]]; chance.append(m.rows[0]["random"])
+    s.texts[key] = out, chance
     return out, chance
 
 def _smooth(xs:list, width:int) -> list:
@@ -1336,9 +1379,10 @@ def _draw_lens(p) -> None:
     text = c.pasted.value[:_longest].encode("utf-8", "replace").decode("utf-8")
     ids = list(s.tokenizer(text)["input_ids"])[:1024] if text.strip() else []
     if len(ids) < 2: c.note.value, c.before.value, c.after.value = "Paste a text of two tokens or more.", "", ""; return
+    _step(p, 0, 1, "scoring texts of which one knows")
     plain, known = _scale(s)
-    with s.original(): before, chance = _flat_shares(s, ids)
-    after = _flat_shares(s, ids)[0] if s.active else None
+    with s.original(): before, chance = _flat_shares(p, ids, "original")
+    after = _flat_shares(p, ids, "edited")[0] if s.active else None
     words, low, high = token_texts(s.tokenizer, ids), float(plain[0].quantile(.1)), float((known or plain)[0].quantile(.9))
     strip = lambda name, xs: f"<b>{name}</b>: mean {_mean(xs):.4f}{heat_strip(words, _smooth(xs, c.width.value), 'flat share', low, high)}"
     c.before.value, c.after.value = strip("original", before), strip("edited", after) if after else ""
@@ -1350,7 +1394,7 @@ def _draw_lens(p) -> None:
 
 def _mean(xs:list) -> float: return (lambda ys: sum(ys)/len(ys) if ys else math.nan)([x for x in xs if not math.isnan(x)])
 
-# %% ../nbs/11_widgets.ipynb #fbfa928c
+# %% ../nbs/11_widgets.ipynb #9cc1bfa3
 class Lab(W.VBox):
     "Five panels over one session: look, probe, edit, compare, undo. `Lab(playground())` is enough; or give the parts, or a Session. Shared with other code, use `with lab.lock:`."
     kinds = (Explorer, Probe, Editor, Spectrum, Lens)
@@ -1361,15 +1405,19 @@ class Lab(W.VBox):
         memorized:Any=None, unseen:Any=None, # Passages, and passages never trained on: the control
         tasks:Any=None, # questions
         factors:Any=None, # from `collect`; None: collected in the background
-        **limits, # passages, tokens, questions: to measure on; collect_on: tokens of clean text
+        state:Any=None, # `.state` of another Lab: begin from there
+        **limits, # plan: an edit to begin with; passages, tokens, questions: to measure on; collect_on: tokens of clean text
     ):
+        state = None if state is None else _read_state(state)
         self.session = s = playground if isinstance(playground, Session) else Session(playground, model, tokenizer, clean, heldout, memorized, unseen, tasks, factors, **limits)
         with s.lock: self.panels = {k.__name__.lower(): k(s, start=False, visible=k is Explorer) for k in self.kinds}
         for n, p in self.panels.items(): setattr(self, n, p)
         self.tabs = W.Tab([*self.panels.values()], titles=[p.title for p in self.panels.values()])
         super().__init__([self.tabs])
         self.tabs.observe(lambda ch: self._seen(), "selected_index")
-        if s.basis is None: self.explorer.load()
+        self.tabs.add_class("curvtools-tabs")
+        if state: _start(self.explorer, "restore", lambda: _restore_lab(self, state))
+        elif s.basis is None: self.explorer.load()
     @property
     def lock(self): return self.session.lock
     @property
@@ -1386,14 +1434,14 @@ class Lab(W.VBox):
     @property
     def state(self) -> dict: return _lab_state(self)
     @classmethod
-    def from_state(cls, state, playground=None, **parts) -> "Lab": return _from_state(cls, state, playground, parts)
+    def from_state(cls, state, playground=None, **parts) -> "Lab": return cls(playground, state=_read_state(state), **parts)   # made in the background; `wait` raises what went wrong
     def close(self):
         for p in vars(self).get("panels", {}).values(): p.close()
         if "tabs" in vars(self): self.tabs.unobserve_all(); self.tabs.close()
         super().close()
     def _repr_mimebundle_(self, **kw): return dict(super()._repr_mimebundle_(**kw) or {}, **{"text/html": self.snapshot().html})
 
-# %% ../nbs/11_widgets.ipynb #2ef60e6d
+# %% ../nbs/11_widgets.ipynb #a721c647
 _state_kind = "curvtools.lab/1"
 
 def _lab_state(lab:Lab) -> dict:
@@ -1404,36 +1452,53 @@ def _lab_state(lab:Lab) -> dict:
 def _read_state(state:Any) -> dict:
     "A state as dict, from a dict, JSON or a Path. ValueError for anything else."
     if isinstance(state, Path): state = state.read_text(encoding="utf-8")
-    if not isinstance(state, dict): state = json.loads(state)
+    try: state = state if isinstance(state, dict) else json.loads(state)
+    except (TypeError, RecursionError) as e: raise ValueError(f"this is no state of a Lab: {e}") from e
     kind = state.get("kind") if isinstance(state, dict) else type(state).__name__
     if kind != _state_kind: raise ValueError(f"this is no state of a Lab: its kind is {kind!r}, not {_state_kind!r}")
     if missing := {"weights", "front", "seen", "history", "at", "back", "ahead", "panels"} - state.keys(): raise ValueError(f"this state of a Lab is not complete: {', '.join(sorted(missing))} missing")
+    if odd := [k for k, ok in _sound(state).items() if not ok]: raise ValueError(f"this state of a Lab cannot be restored: no Lab writes such {', '.join(odd)}")
     return state
 
-def _from_state(cls, state:Any, playground:Any, parts:dict) -> Lab:
-    "A Lab with the same history and view. ValueError for what is no state, or of other weights; then nothing is left behind."
-    state = _read_state(state)
-    lab = cls(playground, **parts)
-    try: _resume(lab.wait(), state)
-    except BaseException as e:
-        if lab.session.basis is not None: lab.session.reset()
-        lab.close()
-        if isinstance(e, (KeyError, TypeError, IndexError, TraitError)): raise ValueError(f"this state cannot be restored: {type(e).__name__}: {e}") from e
-        raise
-    return lab
+def _sound(state:dict) -> dict: # part -> could a Lab have written it?
+    h, whole = state["history"], lambda x, n: type(x) is int and 0 <= x < n
+    steps = lambda xs: isinstance(xs, list) and isinstance(h, list) and all(whole(x, len(h) + 1) for x in xs)
+    return dict(history=isinstance(h, list) and all(isinstance(x, dict) for x in h), at=steps([state["at"]]), back=steps(state["back"]), ahead=steps(state["ahead"]), front=whole(state["front"], len(Lab.kinds)),
+                seen=type(state["seen"]) is int, panels=isinstance(state["panels"], dict) and all(k in [x.__name__.lower() for x in Lab.kinds] and isinstance(v, dict) for k, v in state["panels"].items()))
 
-def _resume(lab:Lab, state:dict) -> None:
-    "History and controls of a state; what was measured is measured again for the state in place."
+def _restore_lab(lab:Lab, state:dict) -> None:
+    "History and view of a state, with a bar. If it fails or is cancelled, the Lab has the original weights and no history, and `wait` raises why: ValueError for what is no state, or of other weights."
+    s, tell = lab.session, lambda *a: _tell(lab.explorer, *a)
+    try:
+        if s.basis is None: s.load(tell)
+        with s.lock:
+            if len(s.states) > 1: raise ValueError("this session has edits of its own: restore into a new one")
+            for p in lab.panels.values(): _try(p, lambda: _fill(p))
+            try: _resume(lab, state, tell)
+            except BaseException: _forget(s); raise
+    except BaseException as e:
+        known = isinstance(e, (KeyError, TypeError, IndexError, TraitError))
+        s.lost = ValueError(f"this state cannot be restored: {type(e).__name__}: {e}") if known else e
+        raise s.lost from e
+
+def _forget(s:Session) -> None:
+    "The original weights, no history, and all panels as at the start."
+    s.reset(); s.states[1:], s.back[:], s.ahead[:] = [], [], []
+    s.cancel.clear(); _changed(s, True)
+
+def _resume(lab:Lab, state:dict, tell:Callable) -> None:
+    "History and controls of a state; what was measured is measured again for the state in place. Under the lock."
     s = lab.session
     if s.checked != state["weights"]: raise ValueError(f"this state belongs to weights {state['weights']}, the model has {s.checked}: load the same model, unedited")
-    with s.lock:
-        if state["seen"] != s.seen: _measure_anew(s, state["seen"], True)
-        for spec in state["history"]: spec = dict(spec); control = spec.pop("control"); s.states.append(State(_spec_name(spec), spec, _make(s, spec), control=control or None))
-        s.goto(state["at"]); s.back[:], s.ahead[:] = state["back"], state["ahead"]
-        _measure_missing(s)
-    for n, p in state["panels"].items(): lab.panels[n].restore(p)
+    if state["seen"] != s.seen: _measure_anew(s, state["seen"], True)
+    for k, spec in enumerate(state["history"]):
+        tell(k, len(state["history"]), "making the edits again, edit"); spec = dict(spec); control = spec.pop("control")
+        s.states.append(State(_spec_name(spec), spec, _make(s, spec, tell), control=control or None))
+    s.goto(state["at"]); s.back[:], s.ahead[:] = state["back"], state["ahead"]
+    tell(0, 1, "measuring the edit")
+    with torch.inference_mode(), stoppable(s.model, s.cancel): _measure_missing(s)
+    for n, p in state["panels"].items(): tell(0, 1, f"drawing {n}"); lab.panels[n].restore(p)
     lab.tabs.selected_index = state["front"]
-    _changed(s)
 
 def _measure_missing(s:Session) -> None:
     "What is not known of the state in place, as after `from_state` or on other passages; `control` True: it was measured once."

@@ -46,6 +46,10 @@ def parts(seed=0):
         return dict(model=model, tokenizer=Tok(), clean=Windows(draw(24, 16)), heldout=Windows(draw(12, 16)), memorized=mem, unseen=new, plan=dict(collect=dict(targets="mlp")))
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch): monkeypatch.setattr(Panel, "slow", lambda p, what: False); monkeypatch.setattr(Lens, "slow", lambda p, what: False)   # however busy the machine is
+
+
 @pytest.fixture
 def P(): return parts()
 
@@ -450,6 +454,43 @@ def test_figures_are_saved_with_their_data(lab, tmp_path):
     with pytest.raises(ValueError, match="no figure"): lab.probe.export(tmp_path)
 
 
+def test_what_may_be_slow_runs_in_a_worker(lab, P, monkeypatch):
+    import curvtools.widgets as w
+    for k in (Panel, Lens): monkeypatch.setattr(k, "slow", lambda p, what: True)
+    names, run = [], w._run
+    monkeypatch.setattr(w, "_run", lambda p, what, f: (names.append((what, threading.current_thread().name)), run(p, what, f))[1])
+    before, e = state(P["model"]), lab.explorer
+    e.c.block.value = 1; lab.wait(); assert "layers.1.mlp.gate" in e.c.spectrum.value and "look: done" in text(e.c.status)
+    e.c.projection.value = "down"; lab.wait(); assert "layers.1.mlp.down" in e.c.spectrum.value
+    lab.show("lens").wait(); lab.lens.c.pasted.value = "not seen before"; lab.wait(); assert "w" in text(lab.lens.c.before)
+    assert names and all(t.startswith("curvtools: ") for _, t in names), names
+    monkeypatch.setattr(w, "memory_score", lambda *a, **kw: (lab.lens.c.cancel.click(), P["model"](input_ids=torch.tensor([[3, 4]]))))
+    lab.lens.c.pasted.value = "cancelled at the first pass"; lab.wait()
+    assert "score: cancelled" in text(lab.lens.c.status) and lab.lens.stale and same(state(P["model"]), before)
+    monkeypatch.undo(); lab.lens.redraw(); assert not lab.lens.stale and "original" in text(lab.lens.c.before)
+
+
+def test_clicks_while_busy_and_double_clicks(lab, P):
+    ed, before = lab.show("editor").plan(rho=.5, blocks=[1]), state(P["model"])
+    ed.c.apply.click(); ed.c.apply.click(); ed.c.undo.click()     # only the first is taken
+    lab.explorer.c.block.value = 0; lab.probe.c.next.click()      # settings are kept for later
+    lab.wait(); assert len(lab.session.states) == 2 and lab.session.at == 1
+    lab.show("explorer"); lab.wait(); assert "layers.0." in lab.explorer.c.spectrum.value
+    lab.show("probe"); lab.wait(); assert "Passage 2 of" in text(lab.probe.c.text)
+    lab.show("editor")
+    for _ in range(3): ed.c.undo.click(); ed.c.reset.click(); lab.wait()
+    assert same(state(P["model"]), before)
+
+
+def test_previous_and_next_end_somewhere(lab):
+    e, p = lab.explorer, lab.probe
+    for _ in range(4): e.c.next.click(); lab.wait()               # from the last: once would do
+    assert e.c.block.value == 2 and "Block 2: there is no more" in text(e.c.status)
+    e.c.prev.click(); lab.wait(); assert e.c.block.value == 1 and "done" in text(e.c.status)
+    lab.show("probe"); p.c.prev.click(); lab.wait()
+    assert p.c.index.value == 1 and "Number 1: there is no more" in text(p.c.status)
+
+
 def test_state_goes_out_and_in(P):
     lab = Lab(Session(**P).load())
     lab.explorer.choose(1, "down"); lab.explorer.show(3, 2)
@@ -458,17 +499,22 @@ def test_state_goes_out_and_in(P):
     lab.show("probe")
     state = json.loads(json.dumps(lab.state)); there, rows = lab.checksum(), lab.editor.c.readout.value
     lab.session.reset()
-    again = Lab.from_state(json.dumps(state), **P)
+    again = Lab.from_state(json.dumps(state), **P).wait()
     assert again.state == state and again.checksum() == there and again.panel.title == "Probe"
     assert again.probe.passage == lab.probe.passage and again.explorer.c.component.value == (3, 2) and len(again.session.states) == 3
     again.session.reset()
-    with pytest.raises(ValueError, match="belongs to weights"): Lab.from_state(state, **parts(1))
+    with pytest.raises(ValueError, match="belongs to weights"): Lab.from_state(state, **parts(1)).wait()
     with pytest.raises(ValueError, match="no state of a Lab"): Lab.from_state({"kind": "x"}, **P)
     with pytest.raises(ValueError): Lab.from_state("{", **P)
     for odd in ([1], None, {k: v for k, v in state.items() if k != "at"}): 
         with pytest.raises(ValueError, match="no state of a Lab|not complete"): Lab.from_state(json.dumps(odd), **P)
-    for k, v in (("front", 77), ("at", 9), ("history", [dict(spec(), method="magic", control=False)]), ("panels", dict(editor=dict(blocks=[99])))):
-        with pytest.raises(ValueError): Lab.from_state(dict(state, **{k: v}), **P)
+    for odd in (None, 5, "["*10**5, b"\xff"):
+        with pytest.raises(ValueError): Lab.from_state(odd, **P)
+    for k, vs in dict(front=[-1, None, 2.5, "x"], at=[-1, None, True, 1.], back=[None, ["x"], [-1], [9]], ahead=[[9], 5], seen=[None, "x"], history=[None, {}, [1]], panels=[None, [], {"kitchen": {}}, {"probe": None}]).items():
+        for v in vs:
+            with pytest.raises(ValueError, match=f"no Lab writes such.* {k}"): Lab.from_state(dict(state, **{k: v}), **P)
+    for k, v in (("front", 77), ("at", 9), ("history", [dict(spec(), strength="x", control=False)]), ("history", [dict(spec(), knob="__class__", control=False)]), ("panels", dict(explorer=dict(component=[1]))), ("history", [dict(spec(), method="magic", control=False)]), ("panels", dict(editor=dict(blocks=[99])))):
+        with pytest.raises(ValueError): Lab.from_state(dict(state, **{k: v}), **P).wait()
         assert checksum(P["model"], lab.session.targets) == state["weights"]
 
 
@@ -621,7 +667,7 @@ def test_other_passages_go_along_with_the_state(P):
     ed.plan(rho=.5).apply(); ed.apply(); ed.undo()
     state, rows = lab.state, ed.c.readout.value
     lab.session.reset()
-    again = Lab.from_state(state, **P)
+    again = Lab.from_state(state, **P).wait()
     assert again.state == state and again.show("editor").c.readout.value == rows and "n = 12" in text(again.editor.c.readout)
     again.editor.redo(); assert again.session.now.seen is not None and "control" in again.editor.c.readout.value
 

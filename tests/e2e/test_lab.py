@@ -52,7 +52,7 @@ def test_look_at_matrices_by_keyboard(lab):
     shown(1)
     lab.role("button", "Previous block").focus(); lab.page.keyboard.press("Enter")
     shown(0)
-    lab.press("Previous block"); lab.says("look: done")           # there is none below: it stays
+    lab.press("Previous block"); lab.says("Block 0: there is no more")   # it stays
     assert block.input_value() == "0"
     lab.press("Next block"); shown(1)
     lab.role("combobox", "Projection").select_option("v"); shown(1, "v")
@@ -85,7 +85,7 @@ def test_every_control_has_a_name(lab, panel):
 
 @pytest.mark.parametrize("panel, box", [("Probe", "Your text"), ("Lens", "Text")])
 def test_pasted_text_is_inert(lab, panel, box):
-    lab.tab(panel); before = lab.out.locator("script, img, svg, iframe, [onerror], [onload], [onmouseover]").count()
+    lab.tab(panel); lab.says(": done"); before = lab.out.locator("script, img, svg, iframe, [onerror], [onload], [onmouseover]").count()
     lab.type(lab.role("textbox", box), EVIL)
     strips = lab.out.get_by_role("group")
     strips.filter(has_text="script").first.wait_for()             # it is there, as text
@@ -142,7 +142,7 @@ def pictures(lab, artifact):
     lab.press("Measure bands"); lab.picture("Activation energy by band"); lab.says("bands: done")
     lab.tab("Probe"); lab.role("combobox", "Seen").select_option("256 times"); lab.type(lab.role("spinbutton", "Number"), "1"); lab.has("Passage 1 of 32")
     text = "".join(lab.out.get_by_role("group", name=n).inner_text().replace("⏎", "") for n in ("prefix", "true suffix"))
-    lab.tab("Lens"); lab.type(lab.role("textbox", "Text"), f"{text} And after that we went home, and she made tea for all of us, as it had begun to rain."); lab.says("score: done")
+    lab.tab("Lens"); lab.says(": done"); lab.type(lab.role("textbox", "Text"), f"{text} And after that we went home, and she made tea for all of us, as it had begun to rain."); lab.says("score: done")
     lab.tab("Explorer"); lab.role("combobox", "Order by").select_option("curvature"); lab.has("ordered by curvature")
     try:
         lab.page.set_viewport_size(dict(width=1280, height=2700))

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['segment_linear', 'grouped_experts', 'experts_function', 'Seen', 'experts_seen']
 
-# %% ../nbs/19_experts.ipynb #5d89c15b
-import statistics, warnings
+# %% ../nbs/19_experts.ipynb #bb8bde24
+import statistics
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +92,15 @@ def experts_function(model:nn.Module, # a transformers model
             for c, old in before.values(): c._experts_implementation_internal = old
             del registry[key]
 
-# %% ../nbs/19_experts.ipynb #72511a28
+# %% ../nbs/19_experts.ipynb #8db1df56
+def _counted(w, path, x, rows, ends): # index of the rows that count, or None; ends [E]
+    "Which of the sorted rows count, and where each expert's end among these; (None, ends) if all do."
+    if w is None or isinstance(w, str) and w == "all": return None, ends
+    if isinstance(w, str) or len(x) != w.numel(): raise RuntimeError(f"{path} received {list(x.shape)}: its rows are not the positions of the batch in order, so the factors of its experts cannot be collected; leave them out of targets")
+    w = w.flatten().to(rows.device)[rows]                                    # [S]
+    return w.nonzero()[:, 0], torch.cat([w.new_zeros(1, dtype=torch.long), w.cumsum(0)])[ends].tolist()
+
+# %% ../nbs/19_experts.ipynb #34fd37de
 class _ExpertRecorder(_Recorder):
     "The recorder of `kfac` with an eye on the rows of each expert."
     def __init__(self, model, targets, leader):
@@ -106,13 +113,6 @@ class _ExpertRecorder(_Recorder):
             self.stacks.setdefault(_stack(t), {})[t.expert] = t.name
         self.A, self.G = ({t.name: d[t.name] for t in targets if t.name in d} for d in (self.A, self.G)) # in the model's order
         self.note = f"; {find_targets(model, list(targets)).coverage}"
-
-    def counted(self, path, x, rows, ends):
-        "Which of the sorted rows count, and where each expert's end among these; (None, ends) if all do."
-        if self.w is None or isinstance(self.w, str) and self.w == "all": return None, ends
-        if isinstance(self.w, str) or len(x) != self.w.numel(): raise RuntimeError(f"{path} received {list(x.shape)}: its rows are not the positions of the batch in order, so the factors of its experts cannot be collected; leave them out of targets")
-        w = self.w.flatten().to(rows.device)[rows]                           # [S]
-        return w.nonzero()[:, 0], torch.cat([w.new_zeros(1, dtype=torch.long), w.cumsum(0)])[ends].tolist()
 
     def see(self, path, which, x, y):
         "Inputs into A; output gradients, once they come, into G. Gives the outputs."
@@ -130,7 +130,7 @@ class _ExpertRecorder(_Recorder):
     def run(self, path, m, usual, x, index, weights):
         if not any(f"{path}.{p}" in self.stacks for p in _stacks(m)): return usual(m, x, index, weights)
         def see(stack, rows, ends, h, y):
-            return self.see(f"{path}.{stack}", self.counted(path, x, rows, ends), h, y) if f"{path}.{stack}" in self.stacks else y
+            return self.see(f"{path}.{stack}", _counted(self.w, path, x, rows, ends), h, y) if f"{path}.{stack}" in self.stacks else y
         return grouped_experts(m, x, index, weights, see)
 
     def __enter__(self):

@@ -466,7 +466,7 @@ def eigen(
 ) -> Basis:
     "Eigendecompose every factor, each distinct matrix once. ValueError names a matrix that is not finite."
     if dtype not in (torch.float32, torch.float64): raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    silent = [n for n, f in factors.items() if f.target.expert is not None and not (f.count and f.trace)] # experts that saw nothing: no curvature, no edit
+    silent = [n for n, f in factors.items() if f.target.expert is not None and not f.trace] # experts that saw nothing: no curvature, no edit
     seen = {n: f for n, f in factors.items() if n not in silent}
     jobs = {id(M): (M, f"{side} of {name}") for name, f in seen.items() for side, M in (("G", f.G), ("A", f.A))}
     done = {}

@@ -250,6 +250,8 @@ def test_experts_that_saw_nothing_stay(models):
     basis = f.eigen(); edit = basis.keep(rho=.5)
     assert not set(silent) & set(basis) and f"{len(silent)} of the experts' matrices saw nothing" in repr(basis) and not set(silent) & set(edit.plan)
     with pytest.raises(KeyError, match="routed to this expert"): basis[silent[0]]
+    from curvtools.baselines import identity_basis
+    assert set(identity_basis(f)) == set(basis)
     more = collect(model, [torch.randint(3, V, (4, 12), generator=torch.Generator().manual_seed(2))], targets="experts", progress=False)
     both, sum_ = f + more, f + f
     assert all(both[n].count == f[n].count + more[n].count and near(both[n].A, more[n].A) for n in silent if more[n].count)

@@ -21,6 +21,7 @@ from .reading import *
 from .sharpness import *
 from .fidelity import *
 from .spectra import *
+from .experts import *
 from .widgets import *
 from .vision import *
 from .zoo import *
@@ -29,5 +30,5 @@ from .cli import load_model
 # %% ../nbs/99_all.ipynb #bd0e4004
 from importlib import import_module as _room
 
-rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "reading", "sharpness", "fidelity", "spectra", "widgets", "vision", "zoo"]
+rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "reading", "sharpness", "fidelity", "spectra", "experts", "widgets", "vision", "zoo"]
 __all__ = list(dict.fromkeys([name for room in rooms for name in _room(f"curvtools.{room}").__all__] + ["load_model"]))

@@ -171,11 +171,13 @@ def identity_basis(
         return d, U, residual(M.double(), d, U)[0]
     done = {id(M): side(M) for f in factors.values() for M in (f.G, f.A)}                 # gate and up share A
     live, es = factors.model() if model is None else model, []
+    silent = [n for n, f in factors.items() if f.target.expert is not None and not f.trace] # experts that saw nothing are left alone
     for name, f in factors.items():
+        if name in silent: continue
         (lam, UG, rg), (mu, UA, ra) = done[id(f.G)], done[id(f.A)]
         es.append(Eigen(f.target, UG, UA, lam, mu, rg, ra, fingerprint=factors.fingerprints.get(name)))
         if live is not None: es[-1]._model = weakref.ref(live)
-    basis = Basis(es, dict(factors.meta, basis="identity"))
+    basis = Basis(es, dict(factors.meta, basis="identity", **(dict(silent=silent) if silent else {})))
     return basis if model is None else basis.bind(model)
 
 # %% ../nbs/08_baselines.ipynb #96da247b

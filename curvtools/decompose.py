@@ -392,13 +392,20 @@ def _block(b:int, n_blocks:int|None) -> int:
     if not n_blocks: raise ValueError(f"block {b} counts from the end of the model, and this basis does not know how many blocks that has: basis.bind(model) first, or give the index from 0")
     return b + n_blocks
 
+def _of_experts(targets, experts): # names
+    "Those of these experts; ValueError that says what there is."
+    have = sorted({t.expert for t in targets if t.expert is not None})
+    if bad := [e for e in experts if e not in have]: raise ValueError(f"no target of expert {bad[0]} here; " + (f"there are those of {', '.join(map(str, have))}" if have else "none of these targets is an expert's"))
+    return [t.name for t in targets if t.expert in experts]
+
 def _pick(
     targets, # list of Target
     blocks=None, # block indices, negative from the end
     projections=None, # names
     n_blocks:int=None, # blocks of the model, to count negative ones from
+    experts=None, # indices of experts
 ) -> list: # names
-    "Names of the targets in these blocks and projections; ValueError that says what there is."
+    "Names of the targets in these blocks and projections and of these experts; ValueError that says what there is."
     have_b, have_p = sorted({t.block for t in targets}), sorted({t.projection for t in targets})
     want = None if blocks is None else {b: _block(b, n_blocks) for b in ([blocks] if isinstance(blocks, int) else blocks)}
     bad = [b for b, c in (want or {}).items() if c not in have_b]
@@ -409,19 +416,21 @@ def _pick(
     hint = "".join(f"; {p} is some rows of {fused[p]}, one target with one basis: edit that, or only these rows with curvtools.edit.rows_only" for p in bad if p in fused)
     if bad: raise ValueError(f"no target has the projection {', '.join(map(repr, bad))}; there are {have_p}{hint}")
     names = [t.name for t in targets if (want is None or t.block in want.values()) and (projections is None or t.projection in projections)]
+    if experts is not None: names = _of_experts([t for t in targets if t.name in names], [experts] if hasattr(experts, "__index__") else list(experts))
     if not names: raise ValueError(f"nothing selected; there are blocks {have_b} with projections {have_p}")
     return names
 
 # %% ../nbs/03_decompose.ipynb #c8788f38
 class Basis(dict):
-    "Eigenpairs of every target: `basis[name]` or `basis[block, projection]` is an `Eigen`."
+    "Eigenpairs of every target: `basis[name]`, `basis[block, projection]` or `basis[block, projection, expert]` is an `Eigen`."
     def __init__(self, eigens=(), meta:dict=None):
         super().__init__({e.target.name: e for e in (eigens.values() if isinstance(eigens, dict) else eigens)})
         self.meta = dict(meta or {})
     def __missing__(self, key):
         if isinstance(key, tuple):
             for e in self.values():
-                if (e.target.block, e.target.projection) == key: return e
+                if (e.target.block, e.target.projection, e.target.expert)[:len(key)] == key: return e
+        if key in self.meta.get("silent", ()): raise KeyError(f"{key}: no position with curvature was routed to this expert, so it has no basis and an edit leaves it as it is; collect on more data")
         raise KeyError(f"no target {key!r}; there are {', '.join(list(self)[:4])}{', ...' if len(self) > 4 else ''}")
     @property
     def fingerprints(self) -> dict: return {k: e.fingerprint for k, e in self.items()}
@@ -433,10 +442,10 @@ class Basis(dict):
         for e in self.values(): e._model, e._force, e._C = weakref.ref(model), force, None
         self.meta["n_blocks"] = len(block_list(model)[1])
         return self
-    def keep(self, rho=None, fraction=None, energy=None, blocks=None, projections=None):
+    def keep(self, rho=None, fraction=None, energy=None, blocks=None, projections=None, experts=None):
         "Plan an edit that keeps these components and removes the rest; see `curvtools.edit.keep`."
         from curvtools.edit import keep
-        return keep(self, rho, fraction, energy, blocks, projections)
+        return keep(self, rho, fraction, energy, blocks, projections, experts)
     def random(self, seed:int=0): return random_basis(self, seed)
     def save(self, path): return save_basis(self, path)
     @classmethod
@@ -445,7 +454,7 @@ class Basis(dict):
         head = ["target", "d_out x d_in", "mass", "eff. rank G", "eff. rank A", "residual", "clipped"]
         return head, [[k, f"{len(e.lam)} x {len(e.mu)}", f"{e.mass:.3g}", f"{_effective_rank(e.lam):.1f}", f"{_effective_rank(e.mu):.1f}",
             f"{max(e.residual_G, e.residual_A):.0e}", f"{max(e.clipped_G, e.clipped_A):.0e}"] for k, e in self.items()]
-    def _title(self): return f"Basis ({self.meta.get('basis', 'kfac')}): {len(self)} targets, {'bound to a model' if self.bound else 'not bound to a model'}"
+    def _title(self): return f"Basis ({self.meta.get('basis', 'kfac')}): {len(self)} targets, {'bound to a model' if self.bound else 'not bound to a model'}" + (f"; {n} of the experts' matrices saw nothing and stay as they are" if (n := len(self.meta.get("silent", ()))) else "")
     def __repr__(self): return f"{self._title()}\n{_table(*self._cells())}"
     def _repr_html_(self): return _html_table(*self._cells(), self._title())
 
@@ -459,18 +468,20 @@ def eigen(
 ) -> Basis:
     "Eigendecompose every factor, each distinct matrix once. ValueError names a matrix that is not finite."
     if dtype not in (torch.float32, torch.float64): raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    jobs = {id(M): (M, f"{side} of {name}") for name, f in factors.items() for side, M in (("G", f.G), ("A", f.A))}
+    silent = [n for n, f in factors.items() if f.target.expert is not None and not f.trace] # experts that saw nothing: no curvature, no edit
+    seen = {n: f for n, f in factors.items() if n not in silent}
+    jobs = {id(M): (M, f"{side} of {name}") for name, f in seen.items() for side, M in (("G", f.G), ("A", f.A))}
     done = {}
     for k, (M, what) in tqdm(jobs.items(), desc="eigen", delay=2, disable=not progress):
         each(len(done), len(jobs), what)
         done[k] = _decompose(M, what, dtype)
     out, live = [], factors.model() if model is None else None
-    for name, f in factors.items():
+    for name, f in seen.items():
         (lam, UG, rg, cg), (mu, UA, ra, ca) = done[id(f.G)], done[id(f.A)]
         e = Eigen(f.target, UG, UA, lam, mu, rg, ra, cg, ca, factors.fingerprints.get(name))
         if live is not None: e._model = weakref.ref(live)
         out.append(e)
-    basis = Basis(out, dict(factors.meta, basis="kfac"))
+    basis = Basis(out, dict(factors.meta, basis="kfac", **(dict(silent=silent) if silent else {})))
     if (m := live if model is None else model) is not None: basis.meta["n_blocks"] = len(block_list(m)[1])
     return basis if model is None else basis.bind(model)
 

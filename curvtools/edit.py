@@ -271,16 +271,17 @@ def keep(
     energy=None, # ... or share of sum C²; one of the three
     blocks=None, # only these blocks, negative from the end
     projections=None, # only these projections, e.g. ["gate", "up"]
+    experts=None, # only these experts, e.g. [3]
 ) -> Edit:
     "Plan to keep the steepest components of the selected targets and to remove the rest; nothing is changed yet."
     name, x = _one_of(rho=rho, fraction=fraction, energy=energy)
     targets = [e.target for e in basis.values()]
     n = basis.meta.get("n_blocks")
     of, blocks = _strengths(x, blocks, n)
-    blocks, projections = _listed(blocks), _listed(projections)
-    picked = [basis[k] for k in _pick(targets, blocks, projections, n)]
+    blocks, projections, experts = map(_listed, (blocks, projections, experts))
+    picked = [basis[k] for k in _pick(targets, blocks, projections, n, experts)]
     plan = {e.target.name: Plan(e.target, e, e.mask(**{name: of(e.target.block)}).rows) for e in picked}
-    settings = {name: _plain(x), "blocks": blocks, "projections": projections}
+    settings = {name: _plain(x), "blocks": blocks, "projections": projections} | ({} if experts is None else {"experts": experts})
     return Edit(plan, basis.meta.get("basis", "kfac"), settings, basis.meta)
 
 # %% ../nbs/04_edit.ipynb #8f123c4a

@@ -395,7 +395,7 @@ def load_tensors(path, # file to read
 
 # %% ../nbs/02_kfac.ipynb #de7c73ad
 class Factors(Mapping):
-    "K-FAC factors by target name: `factors[name].A` [d_in, d_in], `.G` [d_out, d_out], `.count`; also `factors[block, projection]`."
+    "K-FAC factors by target name: `factors[name].A` [d_in, d_in], `.G` [d_out, d_out], `.count`; also `factors[block, projection]` and, of an expert, `factors[block, projection, index]`."
     kind = "curvtools.factors/1"
     def __init__(self, factors:dict, # name -> Factor; targets that share an input share the tensor A
                  fingerprints:dict, # name -> fingerprint of the weight the factor belongs to
@@ -404,7 +404,7 @@ class Factors(Mapping):
         self._f, self.fingerprints, self.meta = factors, fingerprints, meta
         self.model = weakref.ref(model) if model is not None else (lambda: None)
     def __getitem__(self, key):
-        if isinstance(key, tuple): key = next((n for n, f in self._f.items() if (f.target.block, f.target.projection) == key), key)
+        if isinstance(key, tuple): key = next((n for n, f in self._f.items() if (f.target.block, f.target.projection, f.target.expert)[:len(key)] == key), key)
         if key not in self._f: raise KeyError(f"no factor {key!r}; there are {', '.join(list(self._f)[:4])}{', ...' if len(self._f) > 4 else ''}")
         return self._f[key]
     def __iter__(self): return iter(self._f)
@@ -421,7 +421,7 @@ class Factors(Mapping):
 # %% ../nbs/02_kfac.ipynb #c695d713
 def _rows(factors):
     "Rows of the table: target, shape, positions, trace, effective ranks."
-    return [(n, f"{f.target.d_out} x {f.target.d_in}", f"{f.count:,}", f"{f.trace:.3g}", f"{effective_rank(f.A):.1f}", f"{effective_rank(f.G):.1f}") for n, f in factors.items()]
+    return [(n, f"{f.target.d_out} x {f.target.d_in}", f"{f.count:,}", *((f"{f.trace:.3g}", f"{effective_rank(f.A):.1f}", f"{effective_rank(f.G):.1f}") if f.trace else "---")) for n, f in factors.items()]
 
 _head = ("target", "d_out x d_in", "positions", "trace", "eff. rank A", "eff. rank G")
 
@@ -438,7 +438,9 @@ def _html_table(head, rows, caption=""):
     cell = lambda tag, r: "".join(f'<{tag} style="text-align:{"left" if i == 0 else "right"}">{escape(str(c))}</{tag}>' for i, c in enumerate(r))
     return f'<table><caption style="text-align:left">{escape(caption)}</caption><thead><tr>{cell("th", head)}</tr></thead><tbody>' + "".join(f"<tr>{cell('td', r)}</tr>" for r in rows) + "</tbody></table>"
 
-def _say(self): return f'Factors of {len(self)} targets: {self.tokens:,} positions, labels="{self.meta.get("labels", "?")}", seed {self.meta.get("seed", "?")}, model {self.meta.get("model", "?")}'
+def _say(self):
+    silent = sum(not f.count for f in self.values())                        # experts to which no position was routed
+    return f'Factors of {len(self)} targets: {self.tokens:,} positions, labels="{self.meta.get("labels", "?")}", seed {self.meta.get("seed", "?")}, model {self.meta.get("model", "?")}' + (f"; {silent} of the experts' matrices never saw a position" if silent else "")
 Factors.__repr__ = lambda self: _say(self) + "\n" + _table(_head, _rows(self))
 Factors._repr_html_ = lambda self: _html_table(_head, _rows(self), _say(self))
 
@@ -473,7 +475,7 @@ def _add(self, other):
         if self.meta.get(k) != other.meta.get(k): raise ValueError(f'{k}="{self.meta.get(k)}" and {k}="{other.meta.get(k)}" estimate different matrices; collect both with the same {k}')
     made, out = {}, {}
     for n, a in self.items():
-        b = other[n]; x, total = b.count / (a.count + b.count), a.count + b.count
+        b = other[n]; total = a.count + b.count; x = b.count / total if total else 0
         A = made.setdefault((a.A.data_ptr(), b.A.data_ptr()), a.A.lerp(b.A.to(a.A), x) if (a.A.data_ptr(), b.A.data_ptr()) not in made else None)
         out[n] = Factor(a.target, A, a.G.lerp(b.G.to(a.G), x), total)
     return Factors(out, self.fingerprints, dict(self.meta, batches=self.meta.get("batches", 0) + other.meta.get("batches", 0), merged=self.meta.get("merged", [self.meta.get("data")]) + other.meta.get("merged", [other.meta.get("data")])), self.model())
@@ -494,7 +496,7 @@ def _check_finite(model, targets):
         if not torch.isfinite(weight(model, t)).all(): raise ValueError(f"the weights of {t.name} hold NaN or infinity; curvature of such a model means nothing: load it again")
 
 def _spoiled(rec, n):
-    bad = next((name for name in rec.modules if not torch.isfinite(rec.A.get(name, rec.G[name]).sum).all()), None)
+    bad = next((name for name in rec.G if not torch.isfinite(rec.A.get(name, rec.G[name]).sum).all()), None)
     where = f"first in the input of {bad}, or below it" if bad else "above all targets"
     return FloatingPointError(f"batch {n} gives NaN or infinity ({where}): check the weights there and the data of that batch, or load the model in float32")
 
@@ -534,7 +536,7 @@ def _one_batch(rec, trunk, head, prepared, labels, seed, seen, chunk, n):
 # %% ../nbs/02_kfac.ipynb #331c28e9
 def collect(model, # a transformers model, or the id or folder of a causal one
             batches, # iterable of ids [B, T], or of dicts with input_ids (attention_mask, labels) or pixel_values (labels)
-            targets="mlp", # "mlp", "attention", "all", a name with wildcards, a list, or the result of `find_targets`
+            targets="mlp", # "mlp", "attention", "experts", "all", a name with wildcards, a list, or the result of `find_targets`
             blocks=None, # blocks to take, negative from the end; None: all
             projections=None, # projections to take, e.g. ["gate", "up"]; None: all
             labels:str="sample", # "sample": Fisher, labels drawn from the model; "data": empirical Fisher; "exact": all labels, small vocabularies
@@ -569,11 +571,15 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     trunk, head, chunked = split_head(model, small)
     if "input_ids" in small: _check_causal(trunk, small, model)
     if tokens == "cls" and "pixel_values" in small: _check_cls(model, trunk, small, targets)
-    leader, kept, h = _probe(model, trunk, small, targets)
+    probe = _probe
+    if any(t.role == "expert" for t in targets):
+        from curvtools.experts import ways
+        probe, recorder, result = ways(recorder, result)
+    leader, kept, h = probe(model, trunk, small, targets)
     with torch.no_grad(): width = head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]
     chunk = chunk or max(64, 2**25 // width)
     rec, seen, digest, done = recorder(model, targets, leader), Counter(), hashlib.blake2b(digest_size=8), 0
-    if progress: print(_forecast(rec, first, small, kept, width, chunk, chunked, targets))
+    if progress: print(_forecast(rec, first, small, kept, width, chunk, chunked, targets) + getattr(rec, "note", ""))
     prints, n = {t.name: fingerprint(model, t) for t in targets}, 0
     finish = lambda: result(model, targets, rec, prints, dict(_meta(model, labels, seed, digest.hexdigest(), n), **({} if "input_ids" in small else dict(tokens=tokens))))
     try:

@@ -14,26 +14,33 @@ import torch
 from torch import nn, Tensor
 
 # %% ../nbs/00_targets.ipynb #6ea10a8e
+_STACKED = ("expert", "expert_t")
+
 @dataclass(frozen=True)
 class Target:
     "One weight matrix W [d_out, d_in] of a model: where it is, what it does and how it is stored."
-    name: str           # path in `model.named_modules()`
+    name: str           # path in `model.named_modules()`; of an expert, path of the stack and index: "...experts.down_proj[3]"
     block: int          # index in the model's list of blocks; -1 outside of it
     projection: str     # gate up down gate_up q k v o qkv fc1 fc2 router, or the module's own name
-    role: str           # "mlp", "attention" or "other"
+    role: str           # "mlp", "attention", "expert" or "other"
     d_out: int          # rows of W
     d_in: int           # columns of W
-    layout: str = "linear" # "linear": stored [d_out, d_in]; "conv1d": stored [d_in, d_out]
-    parts: tuple = ()   # of a fused matrix: ((part, ((start, stop), ...)), ...), ranges of rows; () if not fused or not known
+    layout: str = "linear" # stored [d_out, d_in]; "conv1d": [d_in, d_out]; "expert": [experts, d_out, d_in]; "expert_t": [experts, d_in, d_out]
+    parts: tuple = ()   # of a fused matrix: ((part, ((start, stop), ...)), ...), ranges of rows, perhaps with a step; () if not fused or not known
     bias: bool = False  # does the module add a bias?
 
     def __post_init__(self): # lists (from JSON) become tuples, so that equality and hashing hold
-        object.__setattr__(self, "parts", tuple((p, tuple((int(a), int(b)) for a, b in rs)) for p, rs in self.parts))
+        object.__setattr__(self, "parts", tuple((p, tuple(tuple(map(int, r)) for r in rs)) for p, rs in self.parts))
+
+    @property
+    def expert(self) -> int|None: # its index in the stack
+        "Which expert, None for a matrix that is no expert's."
+        return int(self.name[:-1].rpartition("[")[2]) if self.layout in _STACKED else None
 
     def rows(self, part:str) -> list: # row indices of one part
         "The rows of W that belong to `part` of a fused matrix. ValueError if there is no such part."
         for p, ranges in self.parts:
-            if p == part: return [i for a, b in ranges for i in range(a, b)]
+            if p == part: return [i for r in ranges for i in range(*r)]
         raise ValueError(f"{self.name} has no part {part!r}; its parts: {', '.join(p for p, _ in self.parts) or 'none'}")
 
 # %% ../nbs/00_targets.ipynb #871c8d2e
@@ -144,6 +151,11 @@ def _obstacle(m):
         return f"{cls}: a Linear with a forward of its own, perhaps more than W x + b"
 
 # %% ../nbs/00_targets.ipynb #a32a9bb1
+def _stacks(m):
+    "Names of the 3-D parameters of a module on the experts interface of transformers, () for other modules."
+    on = hasattr(type(m).forward, "__wrapped__") and all(hasattr(m, a) for a in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate", "config"))
+    return ("gate_up_proj" if m.has_gate else "up_proj", "down_proj") if on else ()
+
 _QUIET = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm)
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -153,9 +165,41 @@ def _bare(name, m, inside):
     if isinstance(m, _QUIET): return []
     out = []
     for p, w in m._parameters.items():
-        if w is None or sum(d > 1 for d in w.shape) < 2 or re.search("bias|embed|token|position", f"{name.rpartition('.')[2]}.{p}"): continue
+        if w is None or p in _stacks(m) or sum(d > 1 for d in w.shape) < 2 or re.search("bias|embed|token|position", f"{name.rpartition('.')[2]}.{p}"): continue
         what = "3-D expert parameter" if w.dim() == 3 and "expert" in f"{name}.{type(m).__name__}".lower() else f"{w.dim()}-D parameter of {type(m).__name__}"
         out.append((f"{name}.{p}" if name else p, f"{what} {list(w.shape)}: not the weight of a linear module"))
+    return out
+
+# %% ../nbs/00_targets.ipynb #5f2ac817
+def _stack_obstacle(m, also):
+    "Why the stacks of an experts module cannot be read and written, None if they can; `also`: other names of its parameters."
+    cls, ws = type(m).__name__, [m._parameters.get(p) for p in _stacks(m)]
+    if getattr(m, "_is_expert_parallel", False): return f"{cls}: experts spread over processes (expert parallelism); load the model in one process"
+    for w in ws:
+        if w is None: return f"{cls}: the stack of experts is computed or packed, not stored"
+        if w.is_meta: return "weights on the meta device: not loaded, or offloaded"
+        if w.dtype not in _FLOATS: return f"{cls}: quantised weights ({str(w.dtype)[6:]}); load the model without quantisation"
+        if type(w) is not nn.Parameter or w.dim() != 3: return f"{cls}: the stack is a {type(w).__name__} {list(w.shape)}, not plain matrices (sharded or packed?)"
+    (up, d), (d2, inner) = (_matrix(m, p) for p in _stacks(m))
+    if d != d2 or up != inner * (1 + m.has_gate) or len(ws[0]) != len(ws[1]): return f"{cls}: stacks of {list(ws[0].shape)} and {list(ws[1].shape)} do not fit together"
+    if also: return f"one weight with {', '.join(also)}: an edit would change both"
+
+def _matrix(m, p): # (d_out, d_in) of one expert in the stack p
+    return tuple(m._parameters[p].shape[1:])[::-1 if m.is_transposed else 1]
+
+def _halves(m, d): # ranges of rows
+    "Gate and up in a stack of `d` rows: one after the other, or row by row in turn."
+    if m.is_concatenated or "OpenAIPrivacyFilter" in type(m).__name__: return (("gate", ((0, d//2),)), ("up", ((d//2, d),)))
+    return (("gate", ((0, d, 2),)), ("up", ((1, d, 2),)))
+
+# %% ../nbs/00_targets.ipynb #2dabaa3d
+def _experts(name, m, block):
+    "One target for each matrix of each expert of a sound experts module."
+    out = []
+    for p in _stacks(m):
+        (o, i), projection = _matrix(m, p), p.removesuffix("_proj")
+        parts = _halves(m, o) if projection == "gate_up" else ()
+        out += [Target(f"{name}.{p}[{e}]", block, projection, "expert", o, i, _STACKED[m.is_transposed], parts, bool(m.has_bias)) for e in range(len(m._parameters[p]))]
     return out
 
 # %% ../nbs/00_targets.ipynb #cf99f668
@@ -227,14 +271,29 @@ def _scan(model):
     "Every target of the model, what is not supported, number of blocks."
     if not isinstance(model, nn.Module): raise TypeError(f"expected a torch model (nn.Module), got {type(model).__name__}")
     found, bad, n_blocks = _walk(model)
-    roles, near, out = _roles(model, found), {}, []
+    roles, near, out, order = _roles(model, found), {}, [], {n: i for i, (n, _) in enumerate(model.named_modules())}
     for name, m, *_ in found: near.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2].lower()] = _shape(m)
     for name, m, block, path in found:
         (parent, _, leaf), shape = name.rpartition("."), _shape(m)
         projection = "router" if _routes(model, name) else _own(name) if block < 0 else _projection(path, roles[name], shape, near[parent])
         parts = _parts(projection, leaf, shape[0], *_heads(model, model.get_submodule(parent)))
         out.append(Target(name, block, projection, roles[name], *shape, _layout(m), parts, m.bias is not None))
-    return out, bad, n_blocks
+    out += _all_experts(model, bad)
+    return sorted(out, key=lambda t: order[t.name if t.expert is None else t.name.rpartition(".")[0]]), bad, n_blocks
+
+def _all_experts(model, bad):
+    "Targets of every experts module in the blocks; what is in the way goes to `bad`."
+    top, blocks = block_list(model)
+    keys, owners, out = list(model.get_submodule(top)._modules) if blocks else [], {}, []
+    for n, p in model.named_parameters(remove_duplicate=False): owners.setdefault(id(p), []).append(n)
+    for name, m in model.named_modules(remove_duplicate=False):
+        if not _stacks(m) or any(_below(name, b) for b, _ in bad): continue
+        block = _place(name, top, keys)[0]
+        own = [f"{name}.{p}" for p in _stacks(m)]
+        why = _stack_obstacle(m, [n for p in _stacks(m) for n in owners.get(id(m._parameters.get(p)), []) if n not in own])
+        if why := why or ("experts outside of the blocks" if block < 0 else None): bad += [(n, f"3-D expert parameter: {why}") for n in own]
+        else: out += _experts(name, m, block)
+    return out
 
 # %% ../nbs/00_targets.ipynb #9b17d4bd
 def _ranges(xs):
@@ -248,33 +307,42 @@ def _ranges(xs):
 def _star(name, block=None): # the first number that is the block (or every number) becomes *
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) if block is None else re.sub(rf"(^|\.){block}(?=\.|$)", r"\1*", name, count=1)
 
+def _kind(t): # name with the block and the expert replaced by *
+    return _star(t.name, t.block) if t.expert is None else re.sub(r"\[\d+\]$", "[*]", _star(t.name, t.block))
+
 def _note(t):
-    parts = " ".join(f"{p} {rs[0][0]}:{rs[0][1]}" if len(rs) == 1 else f"{p} {len(rs)} ranges" for p, rs in t.parts)
-    return ", ".join(n for n in ("bias" if t.bias else "", "stored [d_in, d_out]" if t.layout == "conv1d" else "", parts) if n)
+    parts = " ".join(f"{p} {':'.join(map(str, rs[0]))}" if len(rs) == 1 else f"{p} {len(rs)} ranges" for p, rs in t.parts)
+    return ", ".join(n for n in ("bias" if t.bias else "", "stored [d_in, d_out]" if t.layout in ("conv1d", "expert_t") else "", parts) if n)
 
 # %% ../nbs/00_targets.ipynb #02729fd1
 class Targets(list):
     "A list of `Target`; `unsupported` holds (name, reason) of every matrix of the model that cannot be one."
     def __init__(self, targets=(), # the targets
-                 unsupported=()): # pairs (name, reason)
+                 unsupported=(), # pairs (name, reason)
+                 of:int=0): # parameters of a model with experts, to say which share of them the targets are; 0: say nothing
         super().__init__(targets)
-        self.unsupported = list(unsupported)
+        self.unsupported, self.of = list(unsupported), of
     @property
     def names(self) -> list: return [t.name for t in self]
-    def __getitem__(self, i): return Targets(super().__getitem__(i), self.unsupported) if isinstance(i, slice) else super().__getitem__(i)
+    def __getitem__(self, i): return Targets(super().__getitem__(i), self.unsupported, self.of) if isinstance(i, slice) else super().__getitem__(i)
 
     def table(self) -> tuple: # (rows of the targets, rows of what is unsupported), each row a tuple of str
         "What the representations show: one row per kind of matrix."
         kinds = {}
-        for t in self: kinds.setdefault((_star(t.name, t.block), t.projection, t.d_out, t.d_in, _note(t)), []).append(t.block)
+        for t in self: kinds.setdefault((_kind(t), t.projection, t.d_out, t.d_in, _note(t)), []).append(t.block)
         rows = [(n, _ranges(b) if b[0] >= 0 else "-", p, f"{o} x {i}", f"{len(b)} x {o*i:,}", note) for (n, p, o, i, note), b in kinds.items()]
         bad = Counter((_star(n), why) for n, why in self.unsupported)
         return rows, [(n + (f"  ({k} times)" if k > 1 else ""), why) for (n, why), k in bad.items()]
 
+    @property
+    def coverage(self) -> str:
+        "How many targets and parameters; of a model with experts also the share of all its parameters."
+        total = sum(t.d_out * t.d_in for t in self)
+        return f"{len(self)} targets, {total:,} parameters" + (f", {total / self.of:.1%} of the model's {self.of:,}" if self.of else "")
+
     def __repr__(self):
         rows, bad = self.table()
-        total = sum(t.d_out * t.d_in for t in self)
-        lines = [f"{len(self)} targets, {total:,} parameters", *_columns([_HEAD, *rows])]
+        lines = [self.coverage, *_columns([_HEAD, *rows])]
         if bad: lines += ["not supported:", *("  " + l for l in _columns(bad))]
         return "\n".join(lines)
 
@@ -290,7 +358,7 @@ def _columns(rows):
 def _html(ts):
     rows, bad = ts.table()
     line = lambda r, tag: "<tr>" + "".join(f"<{tag} style='text-align:left'>{html.escape(x)}</{tag}>" for x in r) + "</tr>"
-    out = f"<table><caption>{len(ts)} targets, {sum(t.d_out*t.d_in for t in ts):,} parameters</caption><thead>{line(_HEAD, 'th')}</thead>"
+    out = f"<table><caption>{ts.coverage}</caption><thead>{line(_HEAD, 'th')}</thead>"
     out += "<tbody>" + "".join(line(r, "td") for r in rows) + "</tbody></table>"
     if bad: out += "<table><caption>not supported</caption><tbody>" + "".join(line(r, "td") for r in bad) + "</tbody></table>"
     return out
@@ -299,8 +367,9 @@ def _html(ts):
 def _there(found, unsupported):
     "One line on what a model has to offer, for error messages."
     out = []
-    for role in ("mlp", "attention", "other"):
+    for role in ("mlp", "attention", "other", "expert"):
         ts = [t for t in found if t.role == role and t.block >= 0]
+        if ts and role == "expert": role = f'"experts" ({max(t.expert for t in ts) + 1} in a block)'
         if ts: out.append(f"{role}: {', '.join(dict.fromkeys(t.projection for t in ts))} in blocks {_ranges(t.block for t in ts)}")
     if outside := [t.name for t in found if t.block < 0]:
         out.append(f"outside of the blocks, by name only: {', '.join(outside[:8])}{', ...' if len(outside) > 8 else ''}")
@@ -308,15 +377,20 @@ def _there(found, unsupported):
     return f"There is: {'; '.join(out) or 'no linear map'}." + (f" Not supported: {'; '.join(bad[:8])}{'; ...' if len(bad) > 8 else ''}." if bad else "")
 
 # %% ../nbs/00_targets.ipynb #2e7b8276
+def _stack(t): return t.name.rpartition("[")[0] # of an expert: the name of its parameter
+def _literal(item): return re.sub(r"\[(\d+|\*)\]$", r"[[]\1]", item) # the index of an expert in a pattern is no set of characters
+
 def _one(item, found, unsupported):
     "Names that one item of a selection stands for."
     if isinstance(item, Target):
         if item not in found: raise ValueError(f"{item.name} [{item.d_out}, {item.d_in}] is not a target of this model. {_there(found, unsupported)}")
         return {item.name}
-    if not isinstance(item, str): raise TypeError(f"a selection is 'mlp', 'attention', 'all', a name, a Target or a list of these, not {type(item).__name__}")
-    if item in ("mlp", "attention", "all"): names = {t.name for t in found if t.block >= 0 and item in ("all", t.role)}
-    else: names = {t.name for t in found if t.name == item or fnmatchcase(t.name, item)}
+    if not isinstance(item, str): raise TypeError(f"a selection is 'mlp', 'attention', 'experts', 'all', a name, a Target or a list of these, not {type(item).__name__}")
+    if item in ("mlp", "attention", "all"): names = {t.name for t in found if t.block >= 0 and t.role in (("mlp", "attention", "other") if item == "all" else (item,))}
+    elif item == "experts": names = {t.name for t in found if t.role == "expert"}
+    else: names = {t.name for t in found if t.name == item or fnmatchcase(t.name, _literal(item)) or t.role == "expert" and fnmatchcase(_stack(t), item)}
     if names: return names
+    if there := [t.expert for t in found if t.role == "expert" and fnmatchcase(_stack(t), re.sub(r"\[[^\]]*\]$", "", item))]: raise ValueError(f"no target matches {item!r}: there are experts {_ranges(there)}")
     why = [f"{n}: {w}" for n, w in unsupported if fnmatchcase(n, item)]
     raise ValueError(f"no target matches {item!r}. " + (f"Not supported, {why[0]}. " if why else "") + _there(found, [] if why else unsupported))
 
@@ -340,7 +414,7 @@ def _absent(p, chosen, found):
 
 # %% ../nbs/00_targets.ipynb #c94ef8a3
 def find_targets(model:nn.Module, # any torch model with linear maps; transformers decoders and ViTs are tested
-                 select="mlp", # "mlp", "attention", "all", a name with wildcards, Targets, or a list of these
+                 select="mlp", # "mlp", "attention", "experts", "all" (all but experts), a name with wildcards, Targets, or a list of these
                  blocks=None, # indices of blocks, negative from the end; None for all
                  projections=None # e.g. ["gate", "up"]; None for all
                 ) -> Targets: # in the model's own order
@@ -359,11 +433,13 @@ def find_targets(model:nn.Module, # any torch model with linear maps; transforme
             if p not in {t.projection for t in chosen}: raise ValueError(_absent(p, chosen, found))
         chosen = [t for t in chosen if t.projection in wanted]
         if not chosen: raise ValueError(f"projections is empty. {_there(found, unsupported)}")
-    return Targets(chosen, unsupported)
+    moe = any(t.role == "expert" for t in found) or any("expert" in n for n, _ in unsupported)
+    return Targets(chosen, unsupported, sum(p.numel() for p in model.parameters()) if moe else 0)
 
 # %% ../nbs/00_targets.ipynb #80a969f6
 def _param(model, t):
-    "The parameter that stores a target's matrix. ValueError if this model has none such."
+    "The tensor that stores a target's matrix: a parameter, or an expert's part of one. ValueError if this model has none such."
+    if t.expert is not None: return _part_of_stack(model, t)
     try: m = model.get_submodule(t.name)
     except AttributeError as e: raise ValueError(f"the model has no module {t.name}; was the target found in another model?") from e
     p = m._parameters.get("weight")
@@ -371,11 +447,21 @@ def _param(model, t):
         raise ValueError(f"{t.name} should store a weight of [{t.d_out}, {t.d_in}] ({t.layout}), here it is {'missing' if p is None else list(p.shape)}")
     return p
 
+def _part_of_stack(model, t):
+    "The matrix of an expert as stored, a view."
+    name, _, stack = _stack(t).rpartition(".")
+    try: p = model.get_submodule(name)._parameters.get(stack)
+    except AttributeError as e: raise ValueError(f"the model has no module {name}; was the target found in another model?") from e
+    shape = (t.d_out, t.d_in) if t.layout == "expert" else (t.d_in, t.d_out)
+    if p is None or p.dim() != 3 or len(p) <= t.expert or tuple(p.shape[1:]) != shape:
+        raise ValueError(f"{t.name} should be a matrix of [{t.d_out}, {t.d_in}] ({t.layout}), here the stack is {'missing' if p is None else list(p.shape)}")
+    return p.detach()[t.expert]
+
 # %% ../nbs/00_targets.ipynb #e2cfb7b9
 def weight(model:nn.Module, target:Target) -> Tensor: # W [d_out, d_in], a detached view
     "The matrix of a target in the orientation y = W x, without a copy."
     p = _param(model, target).detach()
-    return p if target.layout == "linear" else p.T
+    return p if target.layout in ("linear", "expert") else p.T
 
 def write_weight(model:nn.Module, target:Target,
                  W:Tensor): # [d_out, d_in]; cast to the parameter's dtype and device

@@ -221,8 +221,11 @@ test_blocks_in_any_order_negative_or_repeated.model = tiny("qwen3")
     ("phi3", dict(projections=["gate"]), ValueError, "gate is part of gate_up, which is one target .*There is: gate_up, down"),
     ("phi3", dict(select="attention", projections=["v"]), ValueError, "v is part of qkv, which is one target"),
     ("gpt2", dict(select="lm_head"), ValueError, "lm_head: one weight with transformer.wte.weight"),
-    ("mixtral", dict(select="mlp"), ValueError, r"no target matches 'mlp'.*attention: q, k, v, o in blocks 0-2.*3-D expert parameter \[4, 48, 16\]"),
-    ("mixtral", dict(select="*.experts.down_proj"), ValueError, r"Not supported, model.layers.0.mlp.experts.down_proj: 3-D expert parameter \[4, 16, 24\]"),
+    ("mixtral", dict(select="mlp"), ValueError, r"no target matches 'mlp'.*attention: q, k, v, o in blocks 0-2.*\"experts\" \(4 in a block\): gate_up, down in blocks 0-2"),
+    ("mixtral", dict(select="*.experts.down_proj[4]"), ValueError, r"no target matches .*down_proj\[4\]': there are experts 0-3"),
+    ("mixtral", dict(select="model.layers.0.mlp.experts.down_proj[-1]"), ValueError, r"there are experts 0-3"),
+    ("mixtral", dict(select="experts", projections=["gate"]), ValueError, r"gate is part of gate_up"),
+    ("llama", dict(select="experts"), ValueError, r"no target matches 'experts'.*mlp: gate, up, down"),
 ])
 def test_what_is_not_there_says_what_there_is(models, name, args, error, says):
     with pytest.raises(error, match=says): find_targets(models[name], **args)
@@ -271,10 +274,12 @@ def test_mixture_of_experts(models):
     ts = find_targets(models["mixtral"], "attention")
     assert [t.projection for t in ts[:4]] == ["q", "k", "v", "o"] and len(ts) == 12
     bad = dict(ts.unsupported)
-    for b in range(3):
-        assert "3-D expert parameter [4, 48, 16]" in bad[f"model.layers.{b}.mlp.experts.gate_up_proj"] and "[4, 16, 24]" in bad[f"model.layers.{b}.mlp.experts.down_proj"]
-        assert "MixtralTopKRouter" in bad[f"model.layers.{b}.mlp.gate.weight"]
-    assert len(bad) == 9
+    for b in range(3): assert "MixtralTopKRouter" in bad[f"model.layers.{b}.mlp.gate.weight"]
+    assert len(bad) == 3 and "13.1% of the model's 17,616" in repr(ts)
+    assert not {t.role for t in find_targets(models["mixtral"], "all")} & {"expert"}
+    es = find_targets(models["mixtral"], "experts")
+    assert len(es) == 3 * 2 * 4 and es[5].name == "model.layers.0.mlp.experts.down_proj[1]" and (es[5].expert, es[5].d_out, es[5].d_in) == (1, 16, 24)
+    assert find_targets(models["mixtral"], "*.experts.down_proj", blocks=-1) == find_targets(models["mixtral"], "experts", blocks=2, projections="down")
     with torch.no_grad(): models["mixtral"](**tiny_inputs("mixtral"))
 
 def test_experts_as_modules_and_router():

@@ -23,10 +23,15 @@ def _build(name):
     if name == "vit":      return tf.ViTConfig(hidden_size=D, intermediate_size=F, num_hidden_layers=3, num_attention_heads=4, image_size=8, patch_size=4,
                                                num_channels=3, num_labels=5, hidden_dropout_prob=0., attention_probs_dropout_prob=0.), tf.ViTForImageClassification
     if name == "mixtral":  return tf.MixtralConfig(**_gqa, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"), tf.MixtralForCausalLM
-    raise ValueError(f"no tiny model called {name!r}; there are {', '.join(ALL + ['mixtral'])}")
+    if name == "qwen3_moe": return tf.Qwen3MoeConfig(**_gqa, head_dim=6, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=8, mlp_only_layers=[0], norm_topk_prob=True,
+                                                     experts_implementation="eager"), tf.Qwen3MoeForCausalLM
+    if name == "olmoe":    return tf.OlmoeConfig(**_gqa, num_experts=5, num_experts_per_tok=3, experts_implementation="eager"), tf.OlmoeForCausalLM
+    if name == "gpt_oss":  return tf.GptOssConfig(**_gqa, head_dim=4, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"), tf.GptOssForCausalLM
+    raise ValueError(f"no tiny model called {name!r}; there are {', '.join(ALL + MOES)}")
 
 LMS = ["llama", "olmo2", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt2", "gpt_neox", "opt"]
 ALL = LMS + ["vit"]
+MOES = ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"]
 
 def _rms64(self, x):
     "RMSNorm in the dtype of x. The models' own casts to float32, which would put 1e-8 of noise into float64 tests."

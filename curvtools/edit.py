@@ -414,11 +414,12 @@ def _edit_there(folder:Path, r:dict) -> Edit:
     "The edit of a recipe, checked."
     path = _named(folder, r, "basis")
     basis = Basis.load(path) if path else {}
-    if basis.keys() != {t["name"] for t in r["targets"] if t.get("basis", "plan" not in t)}: raise ValueError(f"{path} and recipe.json do not hold the same targets")
+    if basis.keys() != {t["name"] for t in r["targets"] if t.get("basis", "plan" not in t)}: raise ValueError(f"{folder/'basis.safetensors'} and recipe.json do not hold the same targets")
     more = _named(folder, r, "tensors")
     tensors = load_tensors(more, _tensors_kind)[0] if more else {}
     if len({t["name"] for t in r["targets"]}) < len(r["targets"]) or not r["targets"]: raise ValueError(f"{folder/'recipe.json'} has no target, or one twice")
-    _check_settings(r["settings"]); _check_notes(r["meta"])
+    try: _check_settings(r["settings"]); _check_notes(r["meta"])
+    except ValueError as e: raise ValueError(f"{folder/'recipe.json'} is damaged: {e}") from None
     if not isinstance(r["method"], str) or not r["method"].isprintable(): raise ValueError(f"{folder/'recipe.json'} names no method")
     edit = Edit({t["name"]: _planned_there(t, basis.get(t["name"]), tensors.get(t["name"]), folder/"recipe.json") for t in r["targets"]}, r["method"], r["settings"], r["meta"])
     edit.result = {t["name"]: t["result"] for t in r["targets"] if t.get("result")}

@@ -358,7 +358,7 @@ def _check_notes(meta) -> dict:
     "The notes in a file, as far as anything depends on them; ValueError where they are not as this library writes them."
     if not isinstance(meta, dict): raise ValueError("its notes are missing")
     for k, kind in dict(n_blocks=int, batches=int, basis=str, merged=list).items():
-        if (v := meta.get(k)) is not None and (type(v) is not kind or kind is int and not 0 <= v < 2**63): raise ValueError(f"its notes say {k}={str(v)[:40]}")
+        if ((v := meta.get(k)) is not None or k == "basis" in meta) and (type(v) is not kind or kind is int and not 0 <= v < 2**63): raise ValueError(f"its notes say {k}={str(v)[:40]}")
     return meta
 
 def save_tensors(path, # file to write

@@ -319,6 +319,7 @@ def _checked_cell(c:Cell, key:str) -> Cell:
     for x in (*c.readout.text.values(), *c.readout.ndcg.values()):
         if x.window_tokens.shape != getattr(x, "window_nll", getattr(x, "window_gain", None)).shape or x.window_tokens.dtype != torch.int64 or x.window_tokens.dim() != 1: raise ValueError("windows of other numbers")
     for m in c.readout.measures().values(): m.value
+    c.energy                                                          # so that nothing overflows later
     return c
 
 def _read_cell(path:Path) -> Cell|None:

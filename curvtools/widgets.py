@@ -1432,6 +1432,7 @@ def _from_state(cls, state:Any, playground:Any, parts:dict) -> Lab:
     "A Lab with the same history and view. ValueError for what is no state, or of other weights; then nothing is left behind."
     state = _read_state(state)
     lab = cls(playground, **parts)
+    lab.session.cancel.clear()                                    # set, if another Lab of this session was closed
     try: _resume(lab.wait(), state)
     except BaseException as e:
         if lab.session.basis is not None: lab.session.reset()

@@ -36,7 +36,7 @@ TABLE = {}                                              # kind -> mutations, ref
 ids = torch.randint(3, V, (4, 9), generator=torch.Generator().manual_seed(0))
 
 
-def fuzz(kind, n, folder, how, use, seconds=5., memory=2**30, tell="name"):
+def fuzz(kind, n, folder, how, use, seconds=30., memory=2**30, tell="name"):
     "n mutations of the files in a folder. how: file -> function of (rng, bytes); use(folder) reads it and asserts that what came is consistent."
     good = {f: (folder/f).read_bytes() for f in how}
     files, bad, count = list(how), {}, [0, 0]
@@ -58,7 +58,7 @@ def fuzz(kind, n, folder, how, use, seconds=5., memory=2**30, tell="name"):
             except BaseException as e:                  # such as a panic of Rust
                 if isinstance(e, KeyboardInterrupt): raise
                 bad.setdefault(f"{type(e).__name__}: {str(e)[:90]}", []).append((i, f))
-        for f, data in good.items(): (folder/f).write_bytes(data)
+            (folder/f).write_bytes(good[f])
     TABLE[kind] = (n, *count)
     use(folder)
     assert not bad, f"{sum(map(len, bad.values()))} of {n}:\n" + "\n".join(f"{len(v):5} x {k}   e.g. {v[:3]}" for k, v in sorted(bad.items(), key=lambda x: -len(x[1]))[:40])
@@ -145,18 +145,6 @@ def recipes(basis, model):
     yield "mask", magnitude(model, fraction=.5, blocks=[1], projections=["up", "down"]), ("recipe.json", "tensors.safetensors")
     yield "mixed", basis.keep(rho=.6, projections=["up"]) | gradient_ascent(model, ids, ids, lr=1e-2, epochs=1, targets="attention", blocks=[0], projections=["q"], progress=False), ("recipe.json", "basis.safetensors", "tensors.safetensors")
     yield "svd", svd(model, keep_rank_fraction=.5, blocks=[1], projections=["down"]), ("recipe.json", "basis.safetensors")
-
-
-def relinked(folder, rng, change):
-    "Change the tensors, and have recipe.json tell their new digest, as a forger would."
-    def f(rng, b):
-        from curvtools.edit import _digest
-        name = rng.choice([x.name for x in folder.glob("*.safetensors")]); path = folder/name; old = path.read_bytes()
-        path.write_bytes(change(rng, old)); r = json.loads(b)
-        r["basis" if name.startswith("basis") else "tensors"]["blake2b"] = _digest(path)
-        f.undo = lambda: path.write_bytes(old)
-        return json.dumps(r).encode()
-    return f
 
 
 @pytest.mark.parametrize("which", ["staircase", "mask", "mixed", "svd"])
@@ -309,7 +297,7 @@ def test_lab_states(session, tmp_path):
         finally: lab.close()
         assert same(state(s.model), plain)
     def tree(rng, b): return H.dump(rng, H.tree(rng, json.loads(b))).encode("utf-8", "surrogatepass")
-    fuzz("Lab states, restored", 40, tmp_path, {"lab.json": tree}, restore, seconds=20, tell="state")
+    fuzz("Lab states, restored", 40, tmp_path, {"lab.json": tree}, restore, seconds=60, tell="state")
 
 
 # --- playgrounds
@@ -390,7 +378,7 @@ def test_command_line(factors, model, tmp_path, monkeypatch, capsys):
             assert not list(folder.glob(".out*"))
         if out.exists(): Edit.load(out); shutil.rmtree(out)
         if 2 in codes: raise Refused(str(folder))
-    fuzz("command line", 250, tmp_path, {"f.safetensors": H.safetensors, "p.jsonl": H.as_lines}, use, seconds=20)
+    fuzz("command line", 250, tmp_path, {"f.safetensors": H.safetensors, "p.jsonl": H.as_lines}, use, seconds=60)
 
 
 def test_arguments(tmp_path, monkeypatch, capsys):
@@ -399,8 +387,8 @@ def test_arguments(tmp_path, monkeypatch, capsys):
     n, r = 500*TIMES, 0
     with H.guard():
         for i in range(n):
-            rng = random.Random(i); argv = [rng.choice(words[:4]), *(rng.choice(words) for _ in range(rng.randrange(1, 8)))]
-            with H.within(20):
+            rng = random.Random(i); argv = [rng.choice(words[:4]), rng.choice(("./none", "/etc/passwd", "../../x", "")), *(rng.choice(words) for _ in range(rng.randrange(1, 8)))]
+            with H.within(60):
                 try: code = cli.main(argv)
                 except SystemExit as e: code = e.code
             assert code == 2, argv; r += 1

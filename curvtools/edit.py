@@ -408,7 +408,10 @@ def load_edit(folder) -> Edit:
     "Read an edit that `save_edit` or `save_edited` wrote. FileNotFoundError; ValueError if truncated, changed or foreign."
     folder = Path(folder); file = folder/"recipe.json"; r = _read_recipe(file)
     try: return _edit_there(folder, r)
-    except (KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as e: raise ValueError(f"{file} is damaged ({type(e).__name__}: {e})") from e
+    except FileNotFoundError: raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as e:
+        if isinstance(e, ValueError) and str(folder) in str(e): raise
+        raise ValueError(f"{file} is damaged ({type(e).__name__}: {e})") from e
 
 def _edit_there(folder:Path, r:dict) -> Edit:
     "The edit of a recipe, checked."
@@ -418,8 +421,7 @@ def _edit_there(folder:Path, r:dict) -> Edit:
     more = _named(folder, r, "tensors")
     tensors = load_tensors(more, _tensors_kind)[0] if more else {}
     if len({t["name"] for t in r["targets"]}) < len(r["targets"]) or not r["targets"]: raise ValueError(f"{folder/'recipe.json'} has no target, or one twice")
-    try: _check_settings(r["settings"]); _check_notes(r["meta"])
-    except ValueError as e: raise ValueError(f"{folder/'recipe.json'} is damaged: {e}") from None
+    _check_settings(r["settings"]); _check_notes(r["meta"])
     if not isinstance(r["method"], str) or not r["method"].isprintable(): raise ValueError(f"{folder/'recipe.json'} names no method")
     edit = Edit({t["name"]: _planned_there(t, basis.get(t["name"]), tensors.get(t["name"]), folder/"recipe.json") for t in r["targets"]}, r["method"], r["settings"], r["meta"])
     edit.result = {t["name"]: t["result"] for t in r["targets"] if t.get("result")}

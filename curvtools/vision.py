@@ -230,6 +230,7 @@ def _read_notes(path:Path, **kinds:type) -> dict:
     try: d = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({type(e).__name__}: {e}).") from None
     if not isinstance(d, dict) or not all(isinstance(d.get(k), v) for k, v in dict(kinds, log=list).items()): raise ValueError(f"{path} does not say how training went.")
+    if not d.get("trained_on", 1) or type(d.get("trained_on", 1)) is not int: raise ValueError(f"{path} says that it was trained on {str(d['trained_on'])[:40]!r} images.")
     plan = d.setdefault("plan", {}); keeps = plan.get("keep", []) if isinstance(plan, dict) else None
     if not isinstance(keeps, list) or not all(isinstance(x, dict) for x in (plan.get("collect", {}), *keeps)): raise ValueError(f"{path} has a plan that is none.")
     return d

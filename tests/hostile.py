@@ -112,7 +112,7 @@ def tensors(rng, b):
         if not isinstance(t, dict) or not isinstance(head.get(other), dict): continue
         way = rng.randrange(9)
         if way == 0: t["dtype"] = rng.choice(TYPES)
-        elif way == 1: t["shape"] = rng.choice([t["shape"][::-1], t["shape"][:-1], [*t["shape"], 1], [0], [], [2**60, 2**60], [-1], [2**31], [1]*70, [0, 2**62], t["shape"]*2, "x"]) if isinstance(t["shape"], list) else 3
+        elif way == 1: t["shape"] = rng.choice([t["shape"][::-1], t["shape"][:-1], [*t["shape"], 1], [0], [], [2**60, 2**60], [-1], [2**31], [1]*70, [0, 2**62], t["shape"]*2, "x"]) if isinstance(t.get("shape"), list) else 3
         elif way == 2: t["data_offsets"] = rng.choice([[0, 0], [-1, 8], [2**63, 2**64], [8, 0], [0, len(data) + 8], [0], "x", head[other].get("data_offsets")])
         elif way == 3: head[rng.choice([k + "x", "../" + k, k[1:], "", "\ud800", k.upper()])] = head.pop(k); ks = [x for x in head if x != "__metadata__"]
         elif way == 4: del head[k]; ks = [x for x in head if x != "__metadata__"] or [k]
@@ -120,7 +120,7 @@ def tensors(rng, b):
             same = {"F32": ("I32", "U32"), "F64": ("I64", "U64", "C64"), "BOOL": ("U8", "I8"), "I64": ("F64",), "I32": ("F32",), "U8": ("BOOL", "I8"), "BF16": ("F16", "I16")}
             t["dtype"] = rng.choice(same.get(t.get("dtype"), ("X",)))
         elif way == 6:                                      # values that are not finite, honestly stored
-            lo, hi = t["data_offsets"] if isinstance(t["data_offsets"], list) and len(t["data_offsets"]) == 2 else (0, 0)
+            lo, hi = t["data_offsets"] if isinstance(t.get("data_offsets"), list) and len(t["data_offsets"]) == 2 and all(type(x) is int for x in t["data_offsets"]) else (0, 0)
             if 0 <= lo < hi <= len(data): i = rng.randrange(lo, hi); data = data[:i] + rng.choice((b"\xff"*8, b"\x7f\xf8"*4, bytes(8), b"\0\0\xc0\x7f"*2))[:hi - i] + data[min(hi, i + 8):]
         elif way == 7: head[k], head[other] = head[other], t
         else: head[k] = rng.choice(EVIL[:-1])
@@ -157,7 +157,7 @@ def as_lines(rng, b):
     "Bytes of a file with one JSON object a line."
     if rng.random() < .3: return raw(rng, b)
     rows = b.decode().splitlines()
-    for i in rng.sample(range(len(rows)), rng.choice((1, 1, 2))): rows[i] = dump(rng, tree(rng, json.loads(rows[i])))
+    for i in rng.sample(range(len(rows)), min(len(rows), rng.choice((1, 1, 2)))): rows[i] = dump(rng, tree(rng, json.loads(rows[i])))
     return "\n".join(rows).encode("utf-8", "surrogatepass")
 
 

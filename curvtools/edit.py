@@ -408,7 +408,6 @@ def load_edit(folder) -> Edit:
     "Read an edit that `save_edit` or `save_edited` wrote. FileNotFoundError; ValueError if truncated, changed or foreign."
     folder = Path(folder); file = folder/"recipe.json"; r = _read_recipe(file)
     try: return _edit_there(folder, r)
-    except FileNotFoundError: raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as e:
         if isinstance(e, ValueError) and str(folder) in str(e): raise
         raise ValueError(f"{file} is damaged ({type(e).__name__}: {e})") from e

@@ -201,7 +201,9 @@ class Edit:
         handle = Applied(self, model, force, stack)
         try: yield handle.redo()
         finally:
-            with _unbroken(): handle._put(handle.original); handle.active = False
+            with _unbroken():
+                try: handle._write(handle.original, handle.original)
+                finally: handle.active = False
     def save(self, folder) -> Path: return save_edit(self, folder)
     @classmethod
     def load(cls, folder): return load_edit(folder)

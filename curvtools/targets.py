@@ -399,14 +399,16 @@ def write_weight(model:nn.Module, target:Target,
 # %% ../nbs/00_targets.ipynb #7f05a005
 def _put_back(pairs): # (tensor, what it shall hold)
     "Copy each into its tensor; the others too if one fails. RuntimeError at the end for those that could not be written."
-    failed = []
+    failed, stop = [], None
     with torch.no_grad():
         for t, v in pairs:
             for last in (False, True):
                 try: t.detach().copy_(v); break
                 except BaseException as e:
+                    if not isinstance(e, Exception): stop = e               # Ctrl-C waits until all are written
                     if last: failed.append(e)
     if failed: raise RuntimeError(f"{len(failed)} weights could not be put back ({type(failed[0]).__name__}: {failed[0]}): load the model again") from failed[0]
+    if stop is not None: raise stop
 
 # %% ../nbs/00_targets.ipynb #13c34fdf
 def fingerprint(model:nn.Module, target:Target) -> str: # 16 hexadecimal digits

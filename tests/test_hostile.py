@@ -531,11 +531,12 @@ def test_an_interrupted_edit_is_whole_or_nothing(model, factors, basis):
                 if h.active: h.undo()
                 assert same(state(model), before)
         with pytest.MonkeyPatch.context() as m:             # while the block is left: put back all the same
-            with edit.applied(model): Broken(m, 1, OSError)
+            with pytest.raises(OSError):
+                with edit.applied(model): Broken(m, 1, OSError)
         assert same(state(model), before), name
         with pytest.MonkeyPatch.context() as m:             # nothing can be written any more: said, and the other weights are put back
             with pytest.raises(RuntimeError, match="could not be put back"):
-                with edit.applied(model): Broken(m, 1, OSError, 1)
+                with edit.applied(model): Broken(m, 1, OSError, 2)
         first, *rest = edit.plan
         assert all(equal(v, before[k]) for k, v in state(model).items() if k != f"{first}.weight"); model.load_state_dict(before)
     TABLE["interrupted edits"] = (done, done, 0)

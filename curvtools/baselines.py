@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .targets import block_list, find_targets, fingerprint, weight
 from .data import Passage
-from .kfac import Factors, frozen, load_tensors, save_tensors, _Recorder, _batch, _batches, _check_finite, _check_ids, _collect
+from .kfac import Factors, frozen, load_tensors, save_tensors, _check_notes, _Recorder, _batch, _batches, _check_finite, _check_ids, _collect
 from .decompose import Basis, Eigen, check_weights, random_basis, residual, _one_of, _orthonormal, _pick, _same_weights, _share
 from .edit import Edit, Masked, Plan, Replaced, _listed, _plain, _strengths
 
@@ -131,7 +131,12 @@ class Moments(dict):
         return self[e.target.name]
     def save(self, path): save_tensors(path, self.kind, self, dict(marks=self.marks, meta=self.meta))
     @classmethod
-    def load(cls, path): t, d = load_tensors(path, cls.kind); return cls(t, d["marks"], d["meta"])
+    def load(cls, path):
+        t, d = load_tensors(path, cls.kind)
+        if not isinstance(d, dict) or not isinstance(marks := d.get("marks"), dict) or marks.keys() != t.keys() or not all(x.dtype in (torch.float32, torch.float64) and x.dim() == 2 and bool((x >= 0).all()) for x in t.values()):
+            raise ValueError(f"{path} does not hold complete moments; measure them again")
+        try: return cls(t, marks, _check_notes(d.get("meta")))
+        except ValueError as e: raise ValueError(f"{path}: {e}; measure them again") from None
     def __repr__(self): return f"Moments of {len(self)} targets, in a {self.meta.get('basis', 'kfac')} basis, per {self.meta.get('per', '?')}, labels=\"{self.meta.get('labels', '?')}\""
 
 # %% ../nbs/08_baselines.ipynb #078d413d

@@ -49,6 +49,7 @@ def _check_gguf(file:Path):
 
 def _place(path, gguf_file:str|None, needs_tokenizer:bool) -> tuple: # (folder or hub id, gguf file name or None)
     "Where the model is, checked as far as that can be done without loading it."
+    if gguf_file is not None and (os.path.isabs(gguf_file) or ".." in Path(gguf_file).parts): raise ValueError(f"{gguf_file!r} does not lie in {path}: give the name of a GGUF file in that folder")
     p = Path(path).expanduser()
     if gguf_file is None and p.suffix == ".gguf": p, gguf_file = p.parent, p.name
     if p.is_dir():
@@ -88,6 +89,7 @@ def load_model(
 # %% ../nbs/14_cli.ipynb #318fcbab
 def _check_out(path, folder:bool=False) -> Path:
     "Where a result shall go; FileNotFoundError or ValueError before any work is done for nothing."
+    if "\0" in str(path): raise ValueError(f"{str(path)!r} is no name for a file")
     path = Path(path).expanduser()
     if not path.absolute().parent.is_dir(): raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     if folder and path.exists() and not (path.is_dir() and not any(path.iterdir())): raise ValueError(f"{path} exists; give the name of a new folder")

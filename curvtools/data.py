@@ -146,7 +146,7 @@ def _id_tuple(ids:Any, what:str) -> tuple:
     ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     if not ids: raise ValueError(f"The {what} is empty: a passage needs at least one token in each part.")
     for i in ids:
-        if isinstance(i, bool) or not isinstance(i, int) or i < 0: raise ValueError(f"The {what} holds {i!r}, which is not a token id.")
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31: raise ValueError(f"The {what} holds {i!r}, which is not a token id.")
     return tuple(ids)
 
 # %% ../nbs/01_data.ipynb #7a7a5f9a
@@ -231,14 +231,16 @@ def load_passages(
     "Passages from JSONL, ids or text. ValueError names the line that is bad; other fields than those of `Passage` are ignored."
     if prefix < 1 or suffix < 1: raise ValueError(f"prefix={prefix} and suffix={suffix} must be 1 or more.")
     out, extra = Passages(), dict(source=str, label=str, kind=str, tier=int, count=int)
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             if not line.strip(): continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
                 a, b = _parse(row, tokenizer, prefix, suffix)
-                out.append(Passage(a, b, **{k: t(row[k]) for k, t in extra.items() if row.get(k) is not None}))
-            except (ValueError, TypeError) as e: raise ValueError(f"{path}, line {n}: {e}") from e
+                more = {k: t(row[k]) for k, t in extra.items() if row.get(k) is not None}
+                if any(abs(more.get(k, 0)) >= 2**63 for k in ("tier", "count")): raise ValueError("tier or count is too large.")
+                out.append(Passage(a, b, **more))
+            except (ValueError, TypeError, OverflowError, RecursionError) as e: raise ValueError(f"{path}, line {n}: {e}") from e
     if not out: raise ValueError(f"{path} holds no passages: the file is empty.")
     return out
 

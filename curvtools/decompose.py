@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from .targets import Target, block_list, fingerprint, weight
-from .kfac import _html_table, _table, load_tensors, save_tensors
+from .targets import Target, block_list, fingerprint, weight, _read_target
+from .kfac import _check_notes, _html_table, _table, load_tensors, save_tensors
 
 # %% ../nbs/03_decompose.ipynb #a2af304a
 def _eigh(
@@ -526,9 +526,20 @@ def save_basis(basis:Basis, path) -> Path:
     save_tensors(path, _kind, tensors, dict(meta=basis.meta, targets=rows))
     return path
 
+def _check_eigen(e:Eigen):
+    "ValueError unless this can be a basis: sizes, types, finite vectors, eigenvalues that descend to 0 or above."
+    t, floats = e.target, (torch.float32, torch.float64)
+    if [list(x.shape) for x in (e.UG, e.UA, e.lam, e.mu)] != [[t.d_out]*2, [t.d_in]*2, [t.d_out], [t.d_in]]: raise ValueError(f"{t.name} is {t.d_out} x {t.d_in}, its vectors are not")
+    if not all(x.dtype in floats and bool(torch.isfinite(x).all()) for x in (e.UG, e.UA, e.lam, e.mu)): raise ValueError(f"{t.name} has vectors or values that are no finite numbers")
+    if not all(bool((w >= 0).all()) and bool((w[1:] <= w[:-1]).all()) for w in (e.lam, e.mu)): raise ValueError(f"the eigenvalues of {t.name} do not descend to 0 or above")
+    if not all(type(getattr(e, k)) in (int, float) for k in _numbers[:4]) or not isinstance(e.fingerprint, (str, type(None))): raise ValueError(f"residuals or fingerprint of {t.name} are missing")
+
 def load_basis(path) -> Basis:
     "Read a basis; it is not bound to a model yet. FileNotFoundError; ValueError if truncated or foreign."
     t, header = load_tensors(path, _kind)
-    try: es = [Eigen(Target(**r["target"]), *(t[f"{r[s]}.vectors"] for s in "GA"), *(t[f"{r[s]}.values"] for s in "GA"), **{k: r[k] for k in _numbers}) for r in header["targets"]]
-    except (KeyError, TypeError) as e: raise ValueError(f"{path} is not a complete basis (missing {e})") from None
-    return Basis(es, header["meta"])
+    try:
+        es = [Eigen(_read_target(r["target"]), *(t[f"{r[s]}.vectors"] for s in "GA"), *(t[f"{r[s]}.values"] for s in "GA"), **{k: r[k] for k in _numbers}) for r in header["targets"]]
+        for e in es: _check_eigen(e)
+        if not es or len({e.target.name for e in es}) < len(es): raise ValueError("no target, or one twice")
+        return Basis(es, _check_notes(header["meta"]))
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e: raise ValueError(f"{path} is not a complete basis ({type(e).__name__}: {e}); make it again") from None

@@ -15,10 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from torch import Tensor
-from .targets import Target, fingerprint, weight, write_weight
+from .targets import Target, fingerprint, weight, write_weight, _put_back, _read_target
 from .decompose import Basis, Eigen, Staircase, check_weights, coefficients
 from .decompose import _block, _one_of, _pick
-from .kfac import _html_table, _table, load_tensors, save_tensors
+from .kfac import _check_notes, _html_table, _table, _unbroken, load_tensors, save_tensors
 
 # %% ../nbs/04_edit.ipynb #213e9a31
 def edited_weight(
@@ -144,29 +144,32 @@ class Applied:
     def redo(self):
         "Write the edited weights (again)."
         if self.active: raise RuntimeError("this edit is applied already")
-        self._expect(self._found)
-        try: self._write(self.edited, self.original); self._left = self._fingerprints()
-        except BaseException: self._write(self.original, self.original); raise
-        self.active = True
-        if self.plain: self.edit.result = self._left
+        with _unbroken():
+            self._expect(self._found)
+            self._write(self.edited, self.original)
+            try: self._left = self._fingerprints()
+            except BaseException: self._put(self.original); raise
+            self.active = True
+            if self.plain: self.edit.result = self._left
         return self
     def undo(self):
         "Put back the bytes that were there before."
         if not self.active: raise RuntimeError("this edit is not applied (any more): nothing to undo")
-        self._expect(self._left)
-        self._write(self.original, self.edited)
-        self.active = False
+        with _unbroken():
+            self._expect(self._left)
+            self._write(self.original, self.edited)
+            self.active = False
         return self
     def _fingerprints(self): return {k: fingerprint(self.model, p.target) for k, p in self.edit.plan.items()}
     def _expect(self, then:dict):
         bad = [k for k, f in self._fingerprints().items() if f != then[k]]
         if bad: raise RuntimeError(f"{bad[0]}: the weights are no longer what this edit left behind; undo the later edit first")
     def _write(self, new:dict, old:dict):
+        "All of them, or, if one fails, none."
         try:
             for k, p in self.edit.plan.items(): write_weight(self.model, p.target, new[k])
-        except BaseException:
-            for k, p in self.edit.plan.items(): write_weight(self.model, p.target, old[k])
-            raise
+        except BaseException: self._put(old); raise
+    def _put(self, old:dict): _put_back([(weight(self.model, p.target), old[k]) for k, p in self.edit.plan.items()])
     def __repr__(self): return f"Applied({self.edit._title()}; {'active' if self.active else 'undone'})"
 
 # %% ../nbs/04_edit.ipynb #7bfef0d7
@@ -187,15 +190,20 @@ class Edit:
         return _rank_kept(self.plan.values()) if self.method == "svd" else _pairs_kept(self.plan.values())
     def apply(self, model, force:bool=False, stack:bool=False) -> Applied:
         "Edit the model's weights; the handle's `undo()` restores the bytes. ValueError for a model the factors were not made from."
-        return Applied(self, model, force, stack).redo()
+        handle = Applied(self, model, force, stack)
+        try: return handle.redo()
+        except BaseException:                                     # Ctrl-C while it was written: nobody would have the handle
+            if handle.active: handle.undo()
+            raise
     @contextmanager
     def applied(self, model, force:bool=False, stack:bool=False):
         "Edit the model inside a `with` block; the weights come back exactly, whatever happens inside."
         handle = Applied(self, model, force, stack)
         try: yield handle.redo()
         finally:
-            handle._write(handle.original, handle.original)
-            handle.active = False
+            with _unbroken():
+                try: handle._write(handle.original, handle.original)
+                finally: handle.active = False
     def save(self, folder) -> Path: return save_edit(self, folder)
     @classmethod
     def load(cls, folder): return load_edit(folder)
@@ -370,14 +378,16 @@ def save_edit(edit:Edit, folder) -> Path:
 def _rows(r:dict, path:Path) -> Tensor:
     "The staircase of a recipe, checked."
     rows = torch.tensor(r["rows"], dtype=torch.int64)
-    if rows.shape != (r["d_out"],) or bool((rows < 0).any()) or bool((rows > r["d_in"]).any()) or bool((rows[1:] > rows[:-1]).any()):
+    if any(type(x) is not int for x in r["rows"]) or rows.shape != (r["d_out"],) or bool((rows < 0).any()) or bool((rows > r["d_in"]).any()) or bool((rows[1:] > rows[:-1]).any()):
         raise ValueError(f"{path}: the rows of {r['name']} are not a staircase of a {r['d_out']} x {r['d_in']} matrix")
     return rows
 
 def _named(folder:Path, r:dict, what:str) -> Path|None:
     "A file that a recipe names: there, and the one it was written with; None if it names none."
     if not r.get(what): return None
-    path = folder/Path(r[what]["file"]).name
+    name = r[what]["file"]
+    if name != f"{what}.safetensors": raise ValueError(f"{folder/'recipe.json'} names a file {str(name)[:80]!r}; its {what} can only be {what}.safetensors beside it")
+    path = folder/name
     if not path.is_file(): raise FileNotFoundError(f"the recipe's {what} is missing: {path}")
     if _digest(path) != r[what]["blake2b"]: raise ValueError(f"{path} is truncated, or not the {what} that recipe.json was written with")
     return path
@@ -385,17 +395,31 @@ def _named(folder:Path, r:dict, what:str) -> Path|None:
 def _planned_there(t:dict, eigen, tensor, path:Path):
     "One plan of a recipe, checked."
     kind = t.get("plan", "staircase")
-    if kind == "staircase": return Plan(eigen.target, eigen, _rows(t, path))
-    target = Target(**{f.name: t[f.name] for f in fields(Target)})
+    target = _read_target({f.name: t[f.name] for f in fields(Target)})
+    if eigen is not None and (eigen.target != target or eigen.fingerprint != t["fingerprint"]): raise ValueError(f"{path}: the basis of {target.name} is that of another matrix")
+    if not isinstance(t["fingerprint"], str) or not isinstance(t.get("result"), (str, type(None))): raise ValueError(f"{path}: {target.name} has no fingerprint")
+    if kind == "staircase": return _counted(Plan(target, eigen, _rows(t, path)), t, path)
     if kind not in ("mask", "replaced") or tensor is None or tensor.shape != (target.d_out, target.d_in) or (tensor.dtype == torch.bool) != (kind == "mask"):
         raise ValueError(f"{path}: the plan of {target.name} is not one that this curvtools reads, or its tensor is missing")
-    return Masked(target, eigen, tensor, t["fingerprint"], t["energy"]) if kind == "mask" else Replaced(target, tensor, t["fingerprint"], t["change"])
+    share = t["energy" if kind == "mask" else "change"]
+    if share is not None and type(share) not in (int, float) or kind == "replaced" and (share is None or not tensor.is_floating_point()): raise ValueError(f"{path}: {target.name} is not described completely")
+    return _counted(Masked(target, eigen, tensor, t["fingerprint"], share), t, path) if kind == "mask" else Replaced(target, tensor, t["fingerprint"], share)
+
+def _counted(p, t:dict, path:Path):
+    "The plan, if it keeps as many pairs as the recipe says."
+    if p.pairs.kept != t["kept"]: raise ValueError(f"{path} says that {t['kept']} pairs of {p.target.name} stay, but {p.pairs.kept} do")
+    return p
+
+def _check_settings(s, depth:int=0):
+    "ValueError unless these are settings, or some that were joined."
+    if not isinstance(s, dict) or depth > 50 or not isinstance(s.get("joined", []), list): raise ValueError("its settings are damaged")
+    for x in s.get("joined", []): _check_settings(x, depth + 1)
 
 def _read_recipe(path:Path) -> dict:
     "recipe.json, checked; FileNotFoundError or ValueError."
     if not path.is_file(): raise FileNotFoundError(f"no edit here: {path} does not exist")
     try: r = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path} is truncated or not JSON ({e})") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is truncated or not JSON ({e})") from None
     if not isinstance(r, dict) or r.get("kind") != "edit": raise ValueError(f"{path} is not a recipe of curvtools")
     if r.get("version") not in (1, 2): raise ValueError(f"{path} has version {r.get('version')!r} of the recipe format; this curvtools reads versions 1 and 2")
     if missing := {"method", "settings", "basis", "meta", "targets"} - r.keys(): raise ValueError(f"{path} is not complete: {', '.join(sorted(missing))} missing")
@@ -404,13 +428,22 @@ def _read_recipe(path:Path) -> dict:
 # %% ../nbs/04_edit.ipynb #e9365420
 def load_edit(folder) -> Edit:
     "Read an edit that `save_edit` or `save_edited` wrote. FileNotFoundError; ValueError if truncated, changed or foreign."
-    folder = Path(folder)
-    r = _read_recipe(folder/"recipe.json")
+    folder = Path(folder); file = folder/"recipe.json"; r = _read_recipe(file)
+    try: return _edit_there(folder, r)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as e:
+        if isinstance(e, ValueError) and str(folder) in str(e): raise
+        raise ValueError(f"{file} is damaged ({type(e).__name__}: {e})") from e
+
+def _edit_there(folder:Path, r:dict) -> Edit:
+    "The edit of a recipe, checked."
     path = _named(folder, r, "basis")
     basis = Basis.load(path) if path else {}
-    if basis.keys() != {t["name"] for t in r["targets"] if t.get("basis", "plan" not in t)}: raise ValueError(f"{path} and recipe.json do not hold the same targets")
+    if basis.keys() != {t["name"] for t in r["targets"] if t.get("basis", "plan" not in t)}: raise ValueError(f"{folder/'basis.safetensors'} and recipe.json do not hold the same targets")
     more = _named(folder, r, "tensors")
     tensors = load_tensors(more, _tensors_kind)[0] if more else {}
+    if len({t["name"] for t in r["targets"]}) < len(r["targets"]) or not r["targets"]: raise ValueError(f"{folder/'recipe.json'} has no target, or one twice")
+    _check_settings(r["settings"]); _check_notes(r["meta"])
+    if not isinstance(r["method"], str) or not r["method"].isprintable(): raise ValueError(f"{folder/'recipe.json'} names no method")
     edit = Edit({t["name"]: _planned_there(t, basis.get(t["name"]), tensors.get(t["name"]), folder/"recipe.json") for t in r["targets"]}, r["method"], r["settings"], r["meta"])
     edit.result = {t["name"]: t["result"] for t in r["targets"] if t.get("result")}
     return edit

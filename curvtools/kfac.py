@@ -17,6 +17,7 @@ import pathlib
 import signal
 import threading
 import weakref
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .targets import Target, block_list, find_targets, fingerprint, weight
+from .targets import Target, block_list, find_targets, fingerprint, weight, _read_target
 
 # %% ../nbs/02_kfac.ipynb #634fdb71
 class OuterSum:
@@ -366,6 +367,28 @@ def effective_rank(M:Tensor # symmetric, positive semi-definite [d, d]
     return (M.trace()**2 / M.pow(2).sum()).item()
 
 # %% ../nbs/02_kfac.ipynb #f3ef199f
+def _checksum(tensors:dict, meta:str) -> str: # 8 hexadecimal digits
+    "CRC of names, types, shapes, bytes and notes: a flipped bit shows."
+    c = zlib.crc32(meta.encode())
+    for k, t in sorted(tensors.items()): c = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy(), zlib.crc32(f"{k} {t.dtype} {list(t.shape)}".encode(), c))
+    return f"{c:08x}"
+
+def _read_safetensors(path) -> tuple: # metadata, tensors
+    "Tensors of a file, as copies: what is only mapped changes with the file, and ends the process if that is cut short. FileNotFoundError; ValueError if it is no complete safetensors file."
+    from safetensors import SafetensorError, safe_open
+    if not pathlib.Path(path).is_file(): raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, "pt") as f: return f.metadata() or {}, {k: f.get_tensor(k).clone() for k in f.keys()}
+    except (SafetensorError, RuntimeError, TypeError, AttributeError, KeyError, OverflowError, ValueError) as e:
+        raise ValueError(f"{path} is not a complete safetensors file ({type(e).__name__}: {e}); it was cut short or is something else: make it again") from e
+
+def _check_notes(meta) -> dict:
+    "The notes in a file, as far as anything depends on them; ValueError where they are not as this library writes them."
+    if not isinstance(meta, dict): raise ValueError("its notes are missing")
+    for k, kind in dict(n_blocks=int, batches=int, basis=str, merged=list).items():
+        if ((v := meta.get(k)) is not None or k == "basis" in meta) and (type(v) is not kind or kind is int and not 0 <= v < 2**63): raise ValueError(f"its notes say {k}={str(v)[:40]}")
+    return meta
+
 def save_tensors(path, # file to write
                  kind:str, # what it is, e.g. "curvtools.factors/1"
                  tensors:dict, # name -> tensor
@@ -375,7 +398,8 @@ def save_tensors(path, # file to write
     from safetensors.torch import save_file
     path = pathlib.Path(path); path.parent.mkdir(parents=True, exist_ok=True); tmp = path.with_name(path.name + f".{os.getpid()}.tmp")
     try:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, tmp, metadata={"kind": kind, "meta": json.dumps(meta)})
+        tensors, notes = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, json.dumps(meta)
+        save_file(tensors, tmp, metadata={"kind": kind, "meta": notes, "crc32": _checksum(tensors, notes)})
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
@@ -383,15 +407,12 @@ def save_tensors(path, # file to write
 def load_tensors(path, # file to read
                  kind:str # what it must be
                 )->tuple[dict, dict]: # tensors, meta
-    "Read what `save_tensors` wrote. FileNotFoundError if absent; ValueError if truncated, foreign or of another kind."
-    from safetensors import SafetensorError, safe_open
-    if not pathlib.Path(path).is_file(): raise FileNotFoundError(f"no such file: {path}")
-    try:
-        with safe_open(path, "pt") as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f"{path} is not a complete safetensors file ({e}); it was cut short or is something else: make it again") from e
+    "Read what `save_tensors` wrote. FileNotFoundError if absent; ValueError if truncated, damaged, foreign or of another kind."
+    meta, tensors = _read_safetensors(path)
     if meta.get("kind") != kind: raise ValueError(f"{path} holds {meta.get('kind', 'no curvtools data')!r}, not {kind!r}")
+    if meta.get("crc32") not in (None, _checksum(tensors, meta.get("meta", ""))): raise ValueError(f"{path} is damaged: its contents do not have the checksum they were written with; make it again")
     try: return tensors, json.loads(meta["meta"])
-    except (KeyError, ValueError) as e: raise ValueError(f"{path} has no readable header ({type(e).__name__}: {e}); it is damaged: make it again") from e
+    except (KeyError, ValueError, RecursionError) as e: raise ValueError(f"{path} has no readable header ({type(e).__name__}: {e}); it is damaged: make it again") from e
 
 # %% ../nbs/02_kfac.ipynb #de7c73ad
 class Factors(Mapping):
@@ -458,14 +479,17 @@ def _load(cls, path):
     "Read factors back. ValueError on a truncated or foreign file."
     tensors, d = load_tensors(path, cls.kind)
     try: return _unpack(cls, tensors, d)
-    except (KeyError, TypeError, AttributeError, ValueError) as e: raise ValueError(f"{path} does not hold complete factors ({type(e).__name__}: {e}); it is damaged or was written by another version: collect again") from e
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e: raise ValueError(f"{path} does not hold complete factors ({type(e).__name__}: {e}); it is damaged or was written by another version: collect again") from e
 
 def _unpack(cls, tensors, d):
-    make = lambda t: Target(**{k: v for k, v in t.items() if k not in ("count", "A")})
+    make = lambda t: _read_target({k: v for k, v in t.items() if k not in ("count", "A")})
     factors = {n: Factor(make(t), tensors[t["A"]], tensors[f"G/{n}"], t["count"]) for n, t in d["targets"].items()}
     for n, f in factors.items():
         if (*f.G.shape, *f.A.shape) != (f.target.d_out,) * 2 + (f.target.d_in,) * 2: raise ValueError(f"{n} is {f.target.d_out} x {f.target.d_in}, but G is {list(f.G.shape)} and A {list(f.A.shape)}")
-    return cls(factors, d["fingerprints"], d["meta"])
+        if n != f.target.name or not {f.A.dtype, f.G.dtype} <= {torch.float32, torch.float64}: raise ValueError(f"{n} has the name {f.target.name}, A in {f.A.dtype}, G in {f.G.dtype}")
+        if isinstance(f.count, bool) or not isinstance(f.count, Real) or not 0 < f.count < 2**63: raise ValueError(f"{n} cannot come from {str(f.count)[:40]} positions")
+    if not factors or not all(v is None or isinstance(v, str) for v in map(d["fingerprints"].get, factors)): raise ValueError("targets or fingerprints are missing")
+    return cls(factors, d["fingerprints"], _check_notes(d["meta"]))
 
 def _add(self, other):
     "Merge two runs over different data of the same model: sums and counts add up."

@@ -310,14 +310,26 @@ def _write_cell(c:Cell, folder:Path):
     told = {k: getattr(c, k) for k in ("method", "strength", "blocks", "control", "change", "seconds", "key")}
     _write_text(folder/f"{c.key}.json", json.dumps(dict(told, kept=None if math.isnan(c.kept) else c.kept, kind=_cell_kind, version=__version__, readout=_to_dict(c.readout))))
 
+def _checked_cell(c:Cell, key:str) -> Cell:
+    "The cell, if it is of this key and its parts can be summed up."
+    if c.key != key: raise ValueError("it is of another key")
+    if not isinstance(c.method, str) or type(c.control) is not bool or not all(type(x) in (int, float) for x in (c.kept, c.change, c.seconds)): raise TypeError("fields of other types")
+    for d in c.readout.passages.values():
+        if len({len(d[k]) for k in ("group", "strict", "loose", "lev", "right", "L", "logp")}) > 1 or not all(type(i) is int and 0 <= i < len(d["group"]) for i in d["group"]): raise ValueError("passages of other numbers")
+    for x in (*c.readout.text.values(), *c.readout.ndcg.values()):
+        if x.window_tokens.shape != getattr(x, "window_nll", getattr(x, "window_gain", None)).shape or x.window_tokens.dtype != torch.int64 or x.window_tokens.dim() != 1: raise ValueError("windows of other numbers")
+    for m in c.readout.measures().values(): m.value
+    c.energy                                                          # so that nothing overflows later
+    return c
+
 def _read_cell(path:Path) -> Cell|None:
     "A finished cell; None where there is none. ValueError for a file that is something else."
     if not path.is_file(): return None
     try:
         d = json.loads(path.read_text(encoding="utf-8"))
         if d.pop("kind") != _cell_kind or d.pop("version") is None: raise ValueError("another kind")
-        return Cell(**dict(d, kept=math.nan if d["kept"] is None else d["kept"], readout=_from_dict(d["readout"])))
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} is not a cell of a sweep ({e}): delete it, and it is measured again.") from None
+        return _checked_cell(Cell(**dict(d, kept=math.nan if d["kept"] is None else d["kept"], readout=_from_dict(d["readout"]))), path.stem)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError, RecursionError) as e: raise ValueError(f"{path} is not a cell of a sweep ({e}): delete it, and it is measured again.") from None
 
 # %% ../nbs/09_sweep.ipynb #5eb9e260
 def _open_cache(folder:Any, model_key:str) -> Path|None:
@@ -326,7 +338,7 @@ def _open_cache(folder:Any, model_key:str) -> Path|None:
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); f = folder/"sweep.json"
     if f.is_file():
         try: there = json.loads(f.read_text(encoding="utf-8"))["model"]
-        except (ValueError, KeyError, TypeError): raise ValueError(f"{f} is damaged: give another folder, or delete it.") from None
+        except (ValueError, KeyError, TypeError, RecursionError): raise ValueError(f"{f} is damaged: give another folder, or delete it.") from None
         if there != model_key: raise ValueError(f"{folder} holds a sweep of other weights: another model, or this one with an edit applied. Undo the edit, or give another folder.")
     else: _write_text(f, json.dumps(dict(kind="curvtools.sweep/1", model=model_key)))
     return folder

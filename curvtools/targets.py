@@ -43,6 +43,19 @@ class Target:
             if p == part: return [i for r in ranges for i in range(*r)]
         raise ValueError(f"{self.name} has no part {part!r}; its parts: {', '.join(p for p, _ in self.parts) or 'none'}")
 
+# %% ../nbs/00_targets.ipynb #7f05a002
+_kinds = dict(name=str, block=int, projection=str, role=str, d_out=int, d_in=int, layout=str, bias=bool)
+
+def _read_target(d:dict) -> Target: # d: what asdict gave, out of a file
+    "A target that somebody else wrote down. ValueError or TypeError where it cannot be one."
+    t = Target(**d)
+    for k, kind in _kinds.items():
+        if type(v := getattr(t, k)) is not kind: raise ValueError(f"{k} of a target is {str(v)[:40]!r}")
+    if not t.name or not all(x.isprintable() for x in (t.name, t.projection, t.role)): raise ValueError(f"{t.name[:40]!r} is no name of a matrix")
+    if t.block < -1 or min(t.d_out, t.d_in) < 1 or t.layout not in ("linear", "conv1d"): raise ValueError(f"{t.name} cannot be in block {t.block}, {t.d_out} x {t.d_in}, {t.layout}")
+    if not all(type(p) is str and all(0 <= a <= b <= t.d_out for a, b in rs) for p, rs in t.parts): raise ValueError(f"{t.name} has parts that are no rows of it")
+    return t
+
 # %% ../nbs/00_targets.ipynb #871c8d2e
 def _last_word(m): return "".join(re.findall("[A-Z]?[^A-Z]+", type(m).__name__)[-1:])
 
@@ -468,6 +481,20 @@ def write_weight(model:nn.Module, target:Target,
     "Copy W into the model, in place. ValueError if the shape is not the target's."
     if tuple(W.shape) != (target.d_out, target.d_in): raise ValueError(f"{target.name} is [{target.d_out}, {target.d_in}], got {list(W.shape)}")
     with torch.no_grad(): weight(model, target).copy_(W)
+
+# %% ../nbs/00_targets.ipynb #7f05a005
+def _put_back(pairs): # (tensor, what it shall hold)
+    "Copy each into its tensor; the others too if one fails. RuntimeError at the end for those that could not be written."
+    failed, stop = [], None
+    with torch.no_grad():
+        for t, v in pairs:
+            for last in (False, True):
+                try: t.detach().copy_(v); break
+                except BaseException as e:
+                    if not isinstance(e, Exception): stop = e               # Ctrl-C waits until all are written
+                    if last: failed.append(e)
+    if failed: raise RuntimeError(f"{len(failed)} weights could not be put back ({type(failed[0]).__name__}: {failed[0]}): load the model again") from failed[0]
+    if stop is not None: raise stop
 
 # %% ../nbs/00_targets.ipynb #13c34fdf
 def fingerprint(model:nn.Module, target:Target) -> str: # 16 hexadecimal digits

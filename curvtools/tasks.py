@@ -40,9 +40,12 @@ class Item:
     def __post_init__(self):
         for k in ("prompt", "answer"):
             if not isinstance(v := getattr(self, k), str) or not v.strip(): raise ValueError(f"The {k} is {v!r}: a question needs text there.")
+        if not isinstance(self.family, str) or not isinstance(self.stratum, str): raise ValueError(f"Family and stratum are text, not {self.family!r} and {self.stratum!r}.")
+        if isinstance(self.choices, str) or not all(isinstance(c, str) for c in self.choices): raise ValueError(f"The choices are texts, not {self.choices!r}.")
         object.__setattr__(self, "choices", tuple(self.choices))
         if self.choices and self.answer not in self.choices: raise ValueError(f"The answer {self.answer!r} is not among the choices {self.choices}.")
         _whole(tier=self.tier)
+        if self.tier >= 2**63: raise ValueError("The tier is too large.")
 
 # %% ../nbs/07_tasks.ipynb #ed8c91e5
 def _whole(**counts:Any):
@@ -883,9 +886,9 @@ def load_items(
 ) -> Items:
     "Questions from a file. ValueError names a line that is no item, FileNotFoundError a file that is not there."
     out = Items()
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             if not line.strip(): continue
-            try: out.append(Item(**json.loads(line)))
-            except (ValueError, TypeError) as e: raise ValueError(f"{path}, line {n} is no item ({e}): write the file with save_items.") from e
+            try: out.append(Item(**json.loads(line.decode("utf-8"))))
+            except (ValueError, TypeError, RecursionError) as e: raise ValueError(f"{path}, line {n} is no item ({e}): write the file with save_items.") from e
     return out

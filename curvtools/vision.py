@@ -10,14 +10,14 @@ __all__ = ['CLASSES', 'VIT_SMALL', 'VIT_SMOKE', 'VIT_RECIPE', 'VIT_PLAN', 'read_
            'VariantTable', 'vit_data', 'bundle_vit', 'make_vit', 'write_images']
 
 # %% ../nbs/12_vision.ipynb #26997845
-import argparse, gzip, hashlib, json, math, re, time
+import argparse, gzip, hashlib, json, math, re, time, zlib
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from matplotlib.patches import Rectangle
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -26,7 +26,7 @@ from .data import image_batches
 from .decompose import Basis
 from .edit import Edit, _write_text, planned
 from .evaluate import _flat_share, _inputs
-from .kfac import collect, effective_rank, frozen, load_tensors, save_tensors
+from .kfac import collect, effective_rank, frozen, load_tensors, save_tensors, _read_safetensors
 from .plots import GREEN, ORANGE, RED, _Figure
 from .recite import bootstrap, wilson
 
@@ -37,14 +37,22 @@ def read_idx(
     path:str|Path, # an idx file of unsigned bytes; .gz is unpacked
 ) -> Tensor: # uint8, of the file's shape
     "Read the format of MNIST's files. FileNotFoundError; ValueError where the file is something else or cut short."
-    raw = Path(path).read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try: raw = gzip.decompress(raw)
-        except (EOFError, OSError) as e: raise ValueError(f"{path} is a damaged gzip file ({e}).") from e
-    if raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4*raw[3]: raise ValueError(f"{path} is not an idx file of unsigned bytes.")
-    shape = [int.from_bytes(raw[i:i + 4], "big") for i in range(4, 4 + 4*raw[3], 4)]
-    if len(raw) != 4 + 4*len(shape) + math.prod(shape): raise ValueError(f"{path} should hold {shape} bytes after its header, but holds {len(raw) - 4 - 4*len(shape)}: it is cut short or damaged.")
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4 + 4*len(shape)).reshape(shape)
+    with open(path, "rb") as f: packed = f.read(2) == b"\x1f\x8b"
+    with (gzip.open if packed else open)(path, "rb") as f:
+        try: return _read_idx(f, path)
+        except (EOFError, OSError, zlib.error) as e: raise ValueError(f"{path} is a damaged gzip file ({e}).") from e
+
+_most = 2**30 # bytes that an idx file may hold: a small archive can unpack to anything
+
+def _read_idx(f, path) -> Tensor:
+    "Header first, and then no more than it promises."
+    head = f.read(4); sizes = f.read(4*head[3]) if head[:3] == b"\0\0\x08" and len(head) == 4 else b""
+    if not sizes or len(sizes) < 4*head[3]: raise ValueError(f"{path} is not an idx file of unsigned bytes.")
+    shape = [int.from_bytes(sizes[i:i + 4], "big") for i in range(0, len(sizes), 4)]; n, raw = math.prod(shape), bytearray()
+    if not 0 < n <= _most or len(shape) > 8: raise ValueError(f"{path} says that it holds {' x '.join(map(str, shape))[:80]} bytes; 1 to {_most:,}, in up to 8 dimensions, can be read.")
+    while len(raw) <= n and (part := f.read(min(2**20, n + 1 - len(raw)))): raw += part
+    if len(raw) != n: raise ValueError(f"{path} should hold {shape} bytes after its header, but holds {'more' if len(raw) > n else len(raw)}: it is cut short or damaged.")
+    return torch.frombuffer(raw, dtype=torch.uint8).reshape(shape)
 
 def read_images(
     folder:str|Path, # with train-images-idx3-ubyte(.gz), train-labels-idx1-ubyte(.gz) and the same of t10k
@@ -203,6 +211,50 @@ class VisionPlayground:
 
 def _others(i:Tensor, n:int) -> Tensor: out = torch.ones(n, dtype=torch.bool); out[i] = False; return out.nonzero()[:, 0]
 
+# %% ../nbs/12_vision.ipynb #7f12a002
+_foreign = "auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation" # of a config: what would fetch or choose code
+
+def _read_config(path:Path, layers:int) -> dict:
+    "config.json as data, without sizes that no bundled model has."
+    c = json.loads(path.read_text(encoding="utf-8"))
+    def numbers(x): return [n for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()) for n in numbers(v)] + [x]*(isinstance(x, (int, float)))
+    if not isinstance(c, dict) or any(not abs(n) <= 2**20 for n in numbers(c)) or not type(c.get("num_hidden_layers")) is int or not 0 < c["num_hidden_layers"] <= layers: raise ValueError("sizes beyond those of a playground")
+    return {k: v for k, v in c.items() if k not in _foreign}
+
+def _open_model(folder:Path, weights:str, config:type, kind:type, tied:dict={}, **kw) -> nn.Module:
+    "The model of a folder, in float32 and eval mode; the global random state is not touched. ValueError unless config.json and weights belong together."
+    t = {k: v.float() for k, v in _read_safetensors(folder/weights)[1].items() if v.is_floating_point()}
+    t |= {k: t[v] for k, v in tied.items() if v in t}                            # stored once
+    try:
+        c = config.from_dict(_read_config(folder/"config.json", len(t)))
+        with torch.device("meta"): want = {k: v.shape for k, v in kind._from_config(c, **kw).state_dict().items()}
+        if want != {k: v.shape for k, v in t.items()}: raise ValueError(f"{weights} holds other matrices")
+        with torch.random.fork_rng(devices=[]): model = kind._from_config(c, **kw).float()
+    except Exception as e: raise ValueError(f"{folder/'config.json'} does not describe the network of {weights} ({type(e).__name__}: {str(e)[:200]}): make the folder again.") from e
+    if not all(bool(torch.isfinite(v).all()) for v in t.values()): raise ValueError(f"{folder/weights} holds NaN or infinity.")
+    model.load_state_dict(t)
+    return model.eval()
+
+def _read_notes(path:Path, **kinds:type) -> dict:
+    "training.json with its plan and log; ValueError where these or other parts are missing."
+    try: d = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({type(e).__name__}: {e}).") from None
+    if not isinstance(d, dict) or not all(isinstance(d.get(k), v) for k, v in dict(kinds, log=list).items()): raise ValueError(f"{path} does not say how training went.")
+    if not d.get("trained_on", 1) or type(d.get("trained_on", 1)) is not int: raise ValueError(f"{path} says that it was trained on {str(d['trained_on'])[:40]!r} images.")
+    plan = d.setdefault("plan", {}); keeps = plan.get("keep", []) if isinstance(plan, dict) else None
+    if not isinstance(keeps, list) or not all(isinstance(x, dict) for x in (plan.get("collect", {}), *keeps)): raise ValueError(f"{path} has a plan that is none.")
+    return d
+
+def _vit_data(path:Path, classes:int) -> dict:
+    "Images and labels of a folder, checked against each other."
+    d = _read_safetensors(path)[1]; whole = (torch.uint8, torch.int16, torch.int32, torch.int64)
+    if not {"images", "noised", "true", "heldout"} <= d.keys() or any(d[k].dtype not in whole or d[k].dim() != 1 for k in ("noised", "true", "heldout")): raise ValueError(f"{path} does not hold images, labels and held-out indices.")
+    x = d["images"]; d = dict(images=x, **{k: d[k].long() for k in ("noised", "true", "heldout")})
+    fits = lambda v, n: not len(v) or 0 <= int(v.min()) and int(v.max()) < n
+    if x.dtype != torch.uint8 or x.dim() != 3 or not len(x) or len(d["noised"]) != len(x) or len(d["true"]) != len(x): raise ValueError(f"{path}: images {x.dtype} {list(x.shape)} and labels {list(d['true'].shape)} do not belong together.")
+    if not fits(d["noised"], classes) or not fits(d["true"], classes) or not fits(d["heldout"], len(x)): raise ValueError(f"{path} has labels or indices that do not exist.")
+    return d
+
 # %% ../nbs/12_vision.ipynb #d49ec934
 def load_vit(
     path:str|Path|None=None, # a folder made by the recipe below; None: the bundled one
@@ -212,10 +264,10 @@ def load_vit(
     path = Path(str(files("curvtools")/"static"/"vit")) if path is None else Path(path)
     for f in ("config.json", "model.safetensors", "data.safetensors", "training.json"):
         if not (path/f).is_file(): raise FileNotFoundError(f"{path} has no {f}: make the folder with `python -m curvtools.vision`.")
-    with torch.random.fork_rng(devices=[]): model = ViTForImageClassification(ViTConfig.from_pretrained(path)).float()
-    model.load_state_dict({k: v.float() for k, v in load_file(path/"model.safetensors").items()})
-    d, notes = load_file(path/"data.safetensors"), json.loads((path/"training.json").read_text(encoding="utf-8"))
-    return VisionPlayground("vit", model.eval(), d["images"], d["noised"].long(), d["true"].long(), d["heldout"].long(), tuple(notes["classes"]), notes["plan"], notes["log"], notes)
+    model = _open_model(path, "model.safetensors", ViTConfig, ViTForImageClassification)
+    d, notes = _vit_data(path/"data.safetensors", model.config.num_labels), _read_notes(path/"training.json", classes=list)
+    if len(notes["classes"]) != model.config.num_labels or not all(isinstance(c, str) for c in notes["classes"]): raise ValueError(f"{path/'training.json'} does not name the {model.config.num_labels} classes.")
+    return VisionPlayground("vit", model, d["images"], d["noised"], d["true"], d["heldout"], tuple(notes["classes"]), notes["plan"], notes["log"], notes)
 
 # %% ../nbs/12_vision.ipynb #7d133534
 class VisionTable(list):
@@ -478,12 +530,20 @@ def _save_checkpoint(path:Path, model:nn.Module, opt:torch.optim.Optimizer, meta
     t |= {f"opt.{i}.{k}": v.cpu() for i, s in opt.state_dict()["state"].items() for k, v in s.items()}
     save_tensors(path, "curvtools.training/1", t, meta)
 
+def _check_checkpoint(path:Path, t:dict, meta:dict, model:nn.Module, opt:torch.optim.Optimizer):
+    "ValueError unless the tensors are those of this model and this optimiser, and the log is one."
+    ps = [p.shape for g in opt.param_groups for p in g["params"]]
+    want = {f"model.{k}": p.shape for k, p in model.named_parameters()} | {f"opt.{i}.{k}": torch.Size() if k == "step" else s for i, s in enumerate(ps) for k in ("step", "exp_avg", "exp_avg_sq")}
+    if {k: v.shape for k, v in t.items()} != want or not all(v.is_floating_point() and bool(torch.isfinite(v).all()) for v in t.values()): raise ValueError(f"{path} does not hold the weights and the optimiser of this model; use another folder.")
+    if not any(type(meta.get(k)) is int and meta[k] >= 0 for k in ("step", "epoch")) or not all(isinstance(x, dict) for x in meta["log"]): raise ValueError(f"{path} does not say how far the training went; use another folder.")
+
 def _resume(path:Path, model:nn.Module, opt:torch.optim.Optimizer, settings:dict) -> dict: # the header
     "Puts a checkpoint's weights and optimiser state back. ValueError when it was made with other settings."
     t, meta = load_tensors(path, "curvtools.training/1")
+    if not isinstance(meta, dict) or not isinstance(meta.get("settings"), dict) or not isinstance(meta.get("log"), list) or type(meta.get("minutes")) not in (int, float): raise ValueError(f"{path} is no checkpoint of a training; use another folder.")
     then = meta["settings"]; differ = {k: (then.get(k), settings.get(k)) for k in (settings | then) if then.get(k) != settings.get(k)}
     if differ: raise ValueError(f"{path} was made with other settings (there, here): {differ}. Use those, or another folder.")
-    state = {}
+    state = {}; _check_checkpoint(path, t, meta, model, opt)                   # before anything is written
     with torch.no_grad():
         for k, p in model.named_parameters(): p.copy_(t[f"model.{k}"])
     for k, v in t.items():

@@ -256,6 +256,7 @@ def _make(s:Session, spec:dict, tell:Callable=lambda *a: None) -> Any: # Edit
     "The edit that a spec describes; the original weights must be in the model."
     if spec["method"] == "plan": return planned(s.basis, s.plan)
     if spec["method"] == "EK-FAC" and s.moments is None: s.moments = _moments(s, tell)
+    if spec["knob"] != (knob := _methods(s)[spec["method"]].knob): raise ValueError(f"the strength of {spec['method']} is {knob}, not {str(spec['knob'])[:40]!r}")
     m, at, n = _methods(s)[spec["method"]], {k: list(spec[k]) for k in ("blocks", "projections")}, itertools.count(1)
     def tick(): k = next(n); k % 5 or tell(0, 0, f"training {spec['method']}, pass {k}")
     with stoppable(s.model, s.cancel, tick if spec["method"] in trained else lambda: None): return m.make(**{spec["knob"]: spec["strength"]}, **at)
@@ -1449,14 +1450,30 @@ def _lab_state(lab:Lab) -> dict:
     history = [dict(x.spec, control=x.control is not None) for x in s.states[1:]]
     return dict(kind=_state_kind, version=__version__, weights=s.checked, front=list(lab.panels).index(lab.panel.title.lower()), seen=s.seen, history=history, at=s.at, back=list(s.back), ahead=list(s.ahead), panels={n: p.state for n, p in lab.panels.items()})
 
+def _listed_as(xs:Any, *kinds:type) -> bool: return isinstance(xs, (list, tuple)) and all(type(x) in kinds for x in xs)
+
+def _is_spec(x:Any) -> bool:
+    "Is this one edit of a history?"
+    if not isinstance(x, dict) or type(x.get("control")) is not bool or not isinstance(x.get("method"), str): return False
+    return x["method"] == "plan" or isinstance(x.get("knob"), str) and type(x.get("strength")) in (int, float) and math.isfinite(x["strength"]) and _listed_as(x.get("blocks"), int) and _listed_as(x.get("projections"), str)
+
+def _odd(s:dict) -> str|None:
+    "The first part of a state that cannot be."
+    n = len(s["history"]) if isinstance(s["history"], list) else -1
+    steps = lambda xs: _listed_as(xs, int) and all(0 <= x <= n for x in xs)
+    good = dict(weights=isinstance(s["weights"], str), history=n >= 0 and all(map(_is_spec, s["history"])), at=steps([s["at"]]), back=steps(s["back"]), ahead=steps(s["ahead"]), seen=type(s["seen"]) is int and 0 <= s["seen"] < 2**63,
+                front=type(s["front"]) is int and s["front"] >= 0, panels=isinstance(s["panels"], dict) and all(isinstance(p, dict) for p in s["panels"].values()))
+    return next((k for k, ok in good.items() if not ok), None)
+
 def _read_state(state:Any) -> dict:
     "A state as dict, from a dict, JSON or a Path. ValueError for anything else."
     if isinstance(state, Path): state = state.read_text(encoding="utf-8")
     try: state = state if isinstance(state, dict) else json.loads(state)
-    except (TypeError, RecursionError) as e: raise ValueError(f"this is no state of a Lab: {e}") from e
+    except (TypeError, ValueError, RecursionError) as e: raise ValueError(f"this is no state of a Lab: {type(e).__name__}, {e}") from None
     kind = state.get("kind") if isinstance(state, dict) else type(state).__name__
     if kind != _state_kind: raise ValueError(f"this is no state of a Lab: its kind is {kind!r}, not {_state_kind!r}")
     if missing := {"weights", "front", "seen", "history", "at", "back", "ahead", "panels"} - state.keys(): raise ValueError(f"this state of a Lab is not complete: {', '.join(sorted(missing))} missing")
+    if bad := _odd(state): raise ValueError(f"this state of a Lab is damaged: {bad} is {str(state[bad])[:80]}")
     if odd := [k for k, ok in _sound(state).items() if not ok]: raise ValueError(f"this state of a Lab cannot be restored: no Lab writes such {', '.join(odd)}")
     return state
 
@@ -1477,7 +1494,7 @@ def _restore_lab(lab:Lab, state:dict) -> None:
             try: _resume(lab, state, tell)
             except BaseException: _forget(s); raise
     except BaseException as e:
-        known = isinstance(e, (KeyError, TypeError, IndexError, TraitError))
+        known = isinstance(e, (KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError, TraitError))
         s.lost = ValueError(f"this state cannot be restored: {type(e).__name__}: {e}") if known else e
         raise s.lost from e
 

@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterable
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -27,9 +27,9 @@ from .data import Passage, Passages, Windows, load_passages, save_passages
 from .decompose import Basis
 from .edit import Edit, planned
 from .evaluate import halves
-from .kfac import Factors, collect
+from .kfac import Factors, collect, _read_safetensors
 from .tasks import RELATIONS, Items, answers, ask, bootstrap_ratio, families, load_items, open_book_texts, save_items
-from .vision import Gate, Gates, _adamw, _backward, _print, _rate_at, _resume, _save_checkpoint, _share, _write_notes
+from .vision import Gate, Gates, _adamw, _backward, _open_model, _print, _rate_at, _read_notes, _resume, _save_checkpoint, _share, _write_notes
 
 # %% ../nbs/13_zoo.ipynb #27ea59dc
 @dataclass
@@ -76,12 +76,17 @@ def _here(kind:str) -> Path: return Path(str(files("curvtools")/"static"/kind))
 def _load_lm(path:Path, weights:str="model.safetensors") -> nn.Module:
     "A model of a folder, in float32 and eval mode; the global random state is not touched."
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-    with torch.random.fork_rng(devices=[]): model = LlamaForCausalLM._from_config(LlamaConfig.from_pretrained(path), attn_implementation="eager").float()
-    weights = {k: v.float() for k, v in load_file(path/weights).items()}
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]              # tied, so stored once
-    model.load_state_dict(weights)
-    model.generation_config = GenerationConfig.from_pretrained(path)
-    return model.eval()
+    model = _open_model(path, weights, LlamaConfig, LlamaForCausalLM, {"lm_head.weight": "model.embed_tokens.weight"}, attn_implementation="eager")
+    try: model.generation_config = GenerationConfig.from_pretrained(path)
+    except Exception as e: raise ValueError(f"{path/'generation_config.json'} cannot be read ({type(e).__name__}: {e}).") from e
+    return model
+
+def _load_tokenizer(path:Path) -> Any:
+    "The tokenizer of a folder; what it raises, a panic of its Rust code too, becomes a ValueError."
+    from transformers import PreTrainedTokenizerFast
+    try: return PreTrainedTokenizerFast.from_pretrained(path)
+    except (KeyboardInterrupt, SystemExit): raise
+    except BaseException as e: raise ValueError(f"{path/'tokenizer.json'} or tokenizer_config.json beside it cannot be read ({type(e).__name__}: {str(e)[:200]}).") from e
 
 # %% ../nbs/13_zoo.ipynb #64a79794
 def playground(
@@ -97,14 +102,19 @@ def playground(
 
 def _open_lm(path:Path) -> Playground:
     "The language model's folder."
-    from transformers import PreTrainedTokenizerFast
     for f in ("config.json", "model.safetensors", "tokenizer.json", "data.safetensors", "passages.jsonl", "tasks.jsonl", "training.json"):
         if not (path/f).is_file(): raise FileNotFoundError(f"{path} has no {f}: make the folder with `python -m curvtools.zoo train lm`.")
-    data, ps, log = load_file(path/"data.safetensors"), load_passages(path/"passages.jsonl"), json.loads((path/"training.json").read_text())
+    model, data, ps, log = _load_lm(path), _read_safetensors(path/"data.safetensors")[1], load_passages(path/"passages.jsonl"), _read_notes(path/"training.json")
+    if not {"clean", "heldout"} <= data.keys(): raise ValueError(f"{path/'data.safetensors'} lacks clean or held-out text.")
+    try: clean, heldout = (Windows(data[k] if data[k].is_floating_point() else data[k].int(), name=k) for k in ("clean", "heldout"))
+    except (ValueError, TypeError, RuntimeError) as e: raise ValueError(f"{path/'data.safetensors'}: {e}") from e
+    v = model.config.vocab_size
+    for x, f in ((max(int(clean.ids.max()), int(heldout.ids.max())), "data.safetensors"), (max(i for p in ps for i in p.ids), "passages.jsonl")):
+        if x >= v: raise ValueError(f"{path/f} has the token {x}, and the model knows {v}.")
     plants, noised = (Passages(p for p in ps if (p.kind == "noised") == yes) for yes in (False, True))
-    return Playground("lm", _load_lm(path), PreTrainedTokenizerFast.from_pretrained(path), Windows(data["clean"].int(), name="clean"), Windows(data["heldout"].int(), name="heldout"),
+    return Playground("lm", model, _load_tokenizer(path), clean, heldout,
                       plants.where(min_tier=1), plants.where(tier=0), noised, load_items(path/"tasks.jsonl"),
-                      _load_lm(path, "twin.safetensors") if (path/"twin.safetensors").is_file() else None, log.get("plan", {}), log["log"])
+                      _load_lm(path, "twin.safetensors") if (path/"twin.safetensors").is_file() else None, log["plan"], log["log"])
 
 # %% ../nbs/13_zoo.ipynb #3497ee89
 @torch.no_grad()

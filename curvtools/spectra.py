@@ -77,7 +77,7 @@ class Tail:
     distance:float # of Kolmogorov and Smirnov, between data and fit
     n:int # values in the tail
     @property
-    def error(self) -> float: return (self.alpha - 1)/math.sqrt(self.n)   # standard error of alpha, given xmin
+    def error(self) -> float: return (self.alpha - 1)/math.sqrt(max(self.n, 1))   # standard error of alpha, given xmin
     def __repr__(self): return f"alpha {self.alpha:.2f} +- {self.error:.2f} above {self.xmin:.3g} (n {self.n}, KS {self.distance:.3f})"
 
 def fit_tail(
@@ -141,13 +141,13 @@ def weight_spectrum(
     blocks=None, # only these blocks, negative from the end
     projections=None, # only these projections
 ) -> WeightSpectra: # name -> WeightSpectrum
-    "Tail exponent, spikes above the edge of noise and stable rank of every weight matrix. No data is needed; exact singular values in float64. ValueError where a weight is not finite or is zero."
+    "Tail exponent, spikes above the edge of noise and stable rank of every weight matrix. No data is needed; exact singular values in float64. A matrix with fewer than ten singular values has no tail (alpha is NaN). ValueError where a weight is not finite or is zero."
     out = WeightSpectra()
     for t in find_targets(model, targets, blocks, projections):
         W = weight(model, t).double()                                         # [d_out, d_in]
         if not bool(torch.isfinite(W).all()) or not bool(W.any()): raise ValueError(f"{t.name}: the weight holds NaN or infinity, or is all zero: it has no spectrum")
         x = (torch.linalg.svdvals(W)**2/max(W.shape)).cpu()                   # [min(d_out, d_in)]
-        out[t.name] = WeightSpectrum(t, x, fit_tail(x), bulk_variance(x, min(W.shape)/max(W.shape)))
+        out[t.name] = WeightSpectrum(t, x, fit_tail(x) if len(x) >= 10 else Tail(math.nan, math.nan, math.nan, 0), bulk_variance(x, min(W.shape)/max(W.shape)))
     return out
 
 # %% ../nbs/18_spectra.ipynb #35dbdaef
@@ -188,6 +188,6 @@ def spectral_row(
     model:nn.Module, # trained
     targets="all", # as for weight_spectrum
 ) -> dict: # alpha, stable, spikes: means over matrices
-    "Means over a model's matrices of what weight_spectrum finds, to stand in a table beside other numbers."
-    s = list(weight_spectrum(model, targets).values())
-    return dict(alpha=sum(x.alpha for x in s)/len(s), stable=sum(x.stable_rank for x in s)/len(s), spikes=sum(x.spikes for x in s)/len(s))
+    "Means over a model's matrices of what weight_spectrum finds, to stand in a table beside other numbers; alpha over those that have a tail."
+    s = list(weight_spectrum(model, targets).values()); a = [x.alpha for x in s if x.tail.n]
+    return dict(alpha=sum(a)/len(a) if a else math.nan, stable=sum(x.stable_rank for x in s)/len(s), spikes=sum(x.spikes for x in s)/len(s))

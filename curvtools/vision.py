@@ -73,7 +73,9 @@ def noise_labels(
     seed:int=0, # of the draw
 ) -> Tensor: # int64 [N]
     "Labels of which an exact share, drawn by lot, is replaced by another class, never the true one. ValueError for labels outside the classes."
-    true = torch.as_tensor(true).long()
+    true = torch.as_tensor(true)
+    if not len(true) or true.is_floating_point(): raise ValueError(f"Labels are class indices, integers, at least one; not {true.dtype} {list(true.shape)}.")
+    true = true.long()
     n_classes = n_classes or int(true.max()) + 1
     if not 0 <= share <= 1: raise ValueError(f"share={share} must lie between 0 and 1.")
     if n_classes < 2: raise ValueError("With fewer than two classes there is no wrong label.")
@@ -132,6 +134,7 @@ def _check_labels(images, noised, true, heldout, classes=256):
     if not len(images) == len(noised) == len(true): raise ValueError(f"{len(images)} images, {len(noised)} given labels and {len(true)} true ones do not belong together.")
     if min(noised.min(), true.min()) < 0 or max(noised.max(), true.max()) >= classes: raise ValueError(f"Labels are class indices from 0 to {classes - 1}, not {int(min(noised.min(), true.min()))} to {int(max(noised.max(), true.max()))}.")
     if len(heldout) >= len(images): raise ValueError("All images are held out: none is left to train on.")
+    if len(heldout) and (heldout.min() < 0 or heldout.max() >= len(images)): raise ValueError(f"heldout has the index {int(heldout.max())}, but there are {len(images)} images.")
 
 @dataclass(frozen=True)
 class Rate:
@@ -166,7 +169,7 @@ def vision_scores(
     heldout:Tensor, # indices of the images that were not trained on
 ) -> VisionScores:
     "Memorised, recovered, clean and validation, each with n and interval. Noised images are those whose two labels differ."
-    _check_labels(images, noised, true, heldout[:0], getattr(getattr(model, "config", None), "num_labels", 256))
+    _check_labels(images, noised, true, heldout if len(heldout) < len(images) else heldout[:0], getattr(getattr(model, "config", None), "num_labels", 256))
     said, out = predict(model, images), torch.zeros(len(images), dtype=torch.bool)
     out[heldout] = True
     bad, ok = (noised != true) & ~out, (noised == true) & ~out
@@ -375,6 +378,7 @@ def at_memorised(
     most:float=.2, # share of the noised images that may stay memorised
 ) -> VisionTable:
     "For every choice of tokens and blocks the gentlest edit that forgets so much (else the strongest); below it the same mask in random directions, and truncated SVD of the same matrices that forgets as much."
+    if not any(r.get("method") == "K-FAC" for r in table): raise ValueError("The table has no K-FAC edits: pass what vision_sweep returns.")
     out = VisionTable([dict(name="no edit", kept=1., scores=(s := pg.scores()), change=None)])
     for t, w in dict.fromkeys((r["tokens"], r["where"]) for r in table):
         rows = [r for r in table if (r["tokens"], r["where"]) == (t, w)]
@@ -435,7 +439,9 @@ def image_shares(
     tokens:str="all", # mean over all positions, or "cls": the first alone
     batch_size:int=250, # images a pass
 ) -> dict: # name of a target -> share of each image, [N], in [0, 1]
-    "Share of the input energy in the flattest directions, image by image. The model is left as it was."
+    "Share of the input energy in the flattest directions, image by image. The model is left as it was. ValueError for other tokens, or a share of no direction."
+    if tokens not in ("cls", "all") or not 0 < flat < 1: raise ValueError(f'tokens={tokens!r} must be "cls" or "all", and flat={flat} a share between 0 and 1.')
+    if pixel_values.ndim != 4: raise ValueError(f"Images for the model are floats [n, channels, height, width], as pixels(images) makes them, not {list(pixel_values.shape)}.")
     found = {n: [] for n in basis}
     def see(name, x):
         x = x[:, :1] if tokens == "cls" else x.flatten(1, -2)                                # [B, T, d]
@@ -573,6 +579,7 @@ def train_vit(
     _check_labels(images, noised, true, heldout)
     if not 0 <= sam < math.inf: raise ValueError(f"sam={sam} is a radius: 0 (off) or more, .05 is usual.")
     if int(noised.max()) >= size.get("classes", 10): raise ValueError(f"There is a label {int(noised.max())}, but the network has {size.get('classes', 10)} classes: pass classes={int(noised.max()) + 1}.")
+    if len(images) - len(heldout) < batch: raise ValueError(f"{len(images) - len(heldout)} images to train on are less than one batch of {batch}: pass a smaller batch.")
     s = dict(dict(epochs=epochs, seed=seed, batch=batch, lr=lr, decay=decay, smoothing=smoothing, warmup=warmup), **({"sam": sam} if sam else {}), **size)
     model = new_vit(seed=seed, **size); opt = _adamw(model, lr, decay)
     train = torch.ones(len(images), dtype=torch.bool); train[heldout] = False
@@ -611,6 +618,7 @@ def vit_variants(
     **kw, # of train_vit, for all: epochs, hidden, mlp, ...
 ) -> list: # dicts: name, seed, epochs, minutes, pg (a VisionPlayground)
     "Small networks trained on one set of images with settings that differ, some seeds of each."
+    if n > len(pg.train) or heldout > len(pg.heldout): raise ValueError(f"There are {len(pg.train)} images to train on and {len(pg.heldout)} held out, not {n} and {heldout}.")
     train, held, out = pg.train[torch.randperm(len(pg.train), generator=torch.Generator().manual_seed(0))[:n]], pg.heldout[:heldout], []
     images, true, i = pg.images[torch.cat([train, held])], pg.true[torch.cat([train, held])], torch.arange(n, n + len(held))
     for name, args in variants.items():
@@ -654,7 +662,8 @@ class VariantTable(list):
         d = 2 if key in ("rho", "alpha", "stable") else 0 if key == "epochs" else 1
         return f"{sum(x)/len(x):.{d}f} [{min(x):.{d}f}, {max(x):.{d}f}]"
     def __repr__(self):
-        names, keys = list(dict.fromkeys(r["name"] for r in self)), [k for k in {**_VARIANT, **self[0]} if k not in ("name", "seed")]
+        if not self: return "no networks"
+        names, keys = list(dict.fromkeys(r["name"] for r in self)), [k for k in {**_VARIANT, **self[0]} if k in self[0] and k not in ("name", "seed")]
         wide = [max(len(v), *(len(self.cell(v, k)) for k in keys)) for v in names]
         head = f"{'mean of ' + str(len({r['seed'] for r in self})) + ' seeds [low, high]':<26}"
         return "\n".join([head + "  ".join(v.rjust(w) for v, w in zip(names, wide))] + [f"{_VARIANT.get(k, k):<26}" + "  ".join(self.cell(v, k).rjust(w) for v, w in zip(names, wide)) for k in keys])

@@ -675,6 +675,7 @@ def train_lm(
 ) -> tuple: # (model on the CPU in eval mode, log: a list of dicts)
     "Train on the stream's rows in their order, resuming from the folder's checkpoint where there is one."
     rows = stream.twin if twin else stream.rows; steps = steps or len(rows)//batch; every = math.ceil(steps/evals); out = Path(out); out.mkdir(parents=True, exist_ok=True)
+    if not 0 <= sam < math.inf: raise ValueError(f"sam={sam} is a radius: 0 (off) or more, .05 is usual.")
     if steps*batch > len(rows): raise ValueError(f"{steps} steps of {batch} rows need more than the {len(rows)} rows of the stream.")
     model = new_lm(len(stream.tokenizer), seed=seed, **size).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).train()
     opt, path, t0 = _adamw(model, lr, decay), out/"checkpoint.safetensors", time.time()

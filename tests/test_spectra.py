@@ -77,7 +77,7 @@ def test_pure_tail(alpha):
 def test_tail_above_a_body():
     body = torch.rand(3000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)*4
     t = fit_tail(torch.cat([body, 4*pareto(1500, 2.5, 2)]))
-    assert abs(t.alpha - 2.5) < 4*t.error and 3.5 < t.xmin < 6
+    assert abs(t.alpha - 2.5) < 4*t.error and 3 < t.xmin < 6
 
 
 def test_naive_loop_agrees():
@@ -112,7 +112,7 @@ def test_every_matrix_of_a_model(name):
     assert isinstance(s, WeightSpectra) and all(torch.equal(v.values, v.values.sort(descending=True).values) for v in s.values())
     for n, v in s.items():
         W = model.get_submodule(n).weight.double()
-        assert float(v.values.sum())*max(W.shape) == pytest.approx(float(W.square().sum()), rel=1e-10)
+        assert float(v.values.sum())*max(W.shape) == pytest.approx(float(W.detach().square().sum()), rel=1e-10)
         assert v.stable_rank == pytest.approx(float(W.square().sum()/torch.linalg.matrix_norm(W, 2)**2), rel=1e-10) and 1 <= v.stable_rank <= len(v.values)
     assert n in repr(s) and "alpha" in s._repr_html_() and set(s.to_dicts()[0]) >= {"alpha", "spikes", "stable_rank"}
     assert list(weight_spectrum(model, "mlp", blocks=[-1])) == [n for n, v in s.items() if v.target.block == 2 and v.target.role == "mlp"]

@@ -429,3 +429,38 @@ def test_variants(pg):
     one = runs[0]["pg"]; assert len(one.memorized) == 12 and len(one.heldout) == 30 and torch.equal(one.images, runs[3]["pg"].images) and not torch.equal(one.noised, runs[1]["pg"].noised)
     t = VariantTable(variant_row(r, strengths=(.9, .5)) for r in runs)
     assert "mean of 2 seeds" in repr(t) and "pairs for 90 %" in repr(t) and all(0 <= r["left"] <= 1 for r in t)
+
+
+# more wrong input: each error names the thing and the way out
+
+def test_batches_that_are_none():
+    m, x = tiny_classifier("vit"), some_images()
+    for b, text in ((dict(pixel_values=x[:0]), "is empty: leave it out"), (x, "images go in as dict"), (dict(pixel_values=x, labels=torch.arange(5)), "one integer for each image"),
+                    (dict(pixel_values=x, labels=torch.rand(6)), "one integer for each image"), (dict(pixel_values=x, labels=torch.zeros(6, 1).long()), "one integer for each image")):
+        with pytest.raises(ValueError, match=text): collect(m, [b], "all", labels="data", progress=False)
+    with pytest.raises(ValueError, match="a convolution"): collect(m, [dict(pixel_values=x)], "vit.embeddings.patch_embeddings.projection", progress=False)
+
+
+def test_recipe_and_sweep_refuse(pg, basis):
+    few = pg.images[:20], pg.noised[:20], pg.true[:20]
+    with pytest.raises(ValueError, match="less than one batch of 50"): train_vit(*few, torch.arange(10), progress=False)
+    with pytest.raises(ValueError, match="index 25, but there are 20"): train_vit(*few, torch.tensor([25]), batch=5, progress=False)
+    with pytest.raises(ValueError, match="index 50"): vision_scores(pg.model, *few, torch.tensor([50]))
+    with pytest.raises(ValueError, match="There are 4800 images to train on and 1500 held out, not 1000000"): vit_variants(pg, {"a": {}}, n=10**6)
+    with pytest.raises(ValueError, match="images to train on and 1500 held out"): vit_variants(pg, {"a": {}}, heldout=1501)
+    with pytest.raises(ValueError, match='"cls" or "all"'): vision_sweep(pg, tokens=("patch",), progress=False)
+    with pytest.raises(ValueError, match="at least one of each"): vision_sweep(pg, strengths=(), progress=False)
+    with pytest.raises(ValueError, match="what vision_sweep returns"): at_memorised(VisionTable(), pg)
+    for kw, text in ((dict(tokens="x"), '"cls" or "all"'), (dict(flat=2), "between 0 and 1")):
+        with pytest.raises(ValueError, match=text): image_shares(pg.model, basis, pixels(pg.images[:4]), **kw)
+    with pytest.raises(ValueError, match="as pixels"): image_shares(pg.model, basis, pg.images[:4])
+    for bad in (torch.tensor([]).long(), torch.tensor([.5, 1.2])):
+        with pytest.raises(ValueError, match="class indices, integers"): noise_labels(bad)
+    assert repr(VariantTable()) == "no networks"
+
+
+def test_cls_is_one_vector_in_the_first_block(pg):
+    "Why CLS factors destroy the first block: there the token has not looked at the image."
+    from curvtools.kfac import effective_rank
+    f = {t: pg.factors(tokens=t, blocks=[0], projections=["q", "fc1"]) for t in ("cls", "all")}
+    assert effective_rank(f["cls"][0, "q"].A) == pytest.approx(1, abs=1e-2) and effective_rank(f["cls"][0, "fc1"].A) > 3 and effective_rank(f["all"][0, "q"].A) > 5

@@ -311,6 +311,18 @@ def test_resume_is_the_same_run(stream, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_sam_and_no_questions(stream, tmp_path):
+    "The switch changes the run and belongs to the settings; a stream without questions can be trained on."
+    from dataclasses import replace
+    from curvtools.tasks import Items
+    kw = dict(steps=4, batch=4, warmup=2, evals=1, progress=False, device="cpu", compile=False, **SMALL); bare = replace(stream, tasks=Items())
+    (a, log), (b, _), (c, _) = (train_lm(bare, tmp_path/n, sam=s, **kw) for n, s in (("a", 0.), ("b", 0.), ("c", .05)))
+    assert log[-1]["tasks"] == {} and all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert any((p - q).abs().max() > 1e-4 for p, q in zip(a.parameters(), c.parameters())) and all(torch.isfinite(p).all() for p in c.parameters())
+    with pytest.raises(ValueError, match="other settings.*sam"): train_lm(bare, tmp_path/"a", sam=.05, **kw)
+    with pytest.raises(ValueError, match="sam=-1 is a radius"): train_lm(bare, tmp_path/"d", sam=-1, **kw)
+
+
 def test_smoke(texts, tmp_path):
     "The command that makes a playground, end to end."
     t = time.time()

@@ -18,6 +18,7 @@ from .baselines import *
 from .sweep import *
 from .plots import *
 from .reading import *
+from .budget import *
 from .widgets import *
 from .vision import *
 from .zoo import *
@@ -26,5 +27,5 @@ from .cli import load_model
 # %% ../nbs/99_all.ipynb #bd0e4004
 from importlib import import_module as _room
 
-rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "reading", "widgets", "vision", "zoo"]
+rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "reading", "budget", "widgets", "vision", "zoo"]
 __all__ = list(dict.fromkeys([name for room in rooms for name in _room(f"curvtools.{room}").__all__] + ["load_model"]))

@@ -217,3 +217,22 @@ def test_halving_goes_into_the_snapshot(tmp_path):
     want = collect(limited(), data, **KW)
     with pytest.raises(ConnectionError): collect(limited(), until(1, data), snapshot=tmp_path/"s", every=1, **KW)
     assert equal(collect(limited(), data, snapshot=tmp_path/"s", **KW), want)
+
+
+def test_stopping_when_halves_agree(tmp_path):
+    "Even and odd batches add up to the whole; the run ends where they agree, and a run that is taken up ends there too."
+    model = tiny("llama"); data = torch.randint(3, V, (64, 33), generator=torch.Generator().manual_seed(0)).split(2)
+    whole, never = collect(model, data, **KW), collect(model, data, stop=1e-9, **KW)
+    for n in whole: assert near(never[n].A, whole[n].A) and near(never[n].G, whole[n].G) and never[n].count == whole[n].count
+    assert .5 < never.meta.pop("agreement") < 1.1 and never.meta == whole.meta
+    soon = collect(model, data, stop=.5, **KW)
+    assert soon.meta["batches"] == 2 and soon.meta["agreement"] > .5                       # 4 x 24 tokens, to an even number of batches
+    p, kw = tmp_path/"s", dict(stop=.3, every=1) | KW
+    want = collect(model, data, **kw); assert want.meta["batches"] < len(data)
+    with pytest.raises(ConnectionError) as e: collect(model, until(3, data), snapshot=p, **kw)
+    assert e.value.partial.meta["batches"] == 3
+    def no_further(): yield from data[:want.meta["batches"]]; raise AssertionError
+    for batches in (data, no_further(), data): assert equal(collect(model, batches, snapshot=p, **kw), want)
+    for bad in ("soon", 0, 1., -.1):
+        with pytest.raises(ValueError, match="converged"): collect(model, data, stop=bad, **KW)
+    skipping = collect(model, data, stop=.5, on_nan="skip", **KW); assert equal(skipping, soon)

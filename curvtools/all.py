@@ -9,6 +9,7 @@ __all__ = ['rooms']
 from .targets import *
 from .data import *
 from .kfac import *
+from .budget import *
 from .decompose import *
 from .edit import *
 from .recite import *
@@ -30,5 +31,5 @@ from .cli import load_model
 # %% ../nbs/99_all.ipynb #bd0e4004
 from importlib import import_module as _room
 
-rooms = ["targets", "data", "kfac", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "reading", "sharpness", "fidelity", "spectra", "experts", "widgets", "vision", "zoo"]
+rooms = ["targets", "data", "kfac", "budget", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "reading", "sharpness", "fidelity", "spectra", "experts", "widgets", "vision", "zoo"]
 __all__ = list(dict.fromkeys([name for room in rooms for name in _room(f"curvtools.{room}").__all__] + ["load_model"]))

@@ -4,10 +4,14 @@
 
 # %% auto #0
 __all__ = ['OuterSum', 'next_token_labels', 'row_uniforms', 'sample_labels', 'logit_grad', 'head_grad', 'frozen', 'split_head',
-           'Forecast', 'Factor', 'effective_rank', 'save_tensors', 'load_tensors', 'Factors', 'collect']
+           'Forecast', 'available_memory', 'Factor', 'effective_rank', 'save_tensors', 'load_tensors', 'Factors',
+           'collect']
 
 # %% ../nbs/02_kfac.ipynb #b9aa1225
 import contextlib
+import errno
+import gc
+import glob
 import hashlib
 import inspect
 import itertools
@@ -36,9 +40,10 @@ class OuterSum:
                  dtype:torch.dtype=torch.float32, # of the rows; the sum is kept in float32 or, for float64 rows, float64
                  device=None): # where the sum lives
         self.sum = torch.zeros(d, d, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self.count = 0
+        self.count, self.closed = 0, False
     def add(self, x:Tensor, # rows [n, d]
             n:int=None): # how many positions they stand for; by default each row is one
+        if self.closed: return                       # it holds these rows already
         x = x.to(self.sum.dtype)
         self.sum.addmm_(x.T, x)                      # [d, d], in place
         self.count += len(x) if n is None else n
@@ -122,6 +127,8 @@ def _unbroken():
     if len(came) == 1: old(*came[0])
 
 # %% ../nbs/02_kfac.ipynb #d23f882b
+def _place(x): return x.untyped_storage()._cdata, x.storage_offset(), x.shape   # which memory a tensor stands for; also where there is none behind it
+
 class _Recorder:
     "Hooks on the targets: inputs into A on the way up, output gradients into G on the way down. A context manager."
     def __init__(self, model, targets, leader=None):
@@ -146,8 +153,8 @@ class _Recorder:
 
     def forward(self, name, args, kwargs, out):
         x, lead = (args[0] if args else next(iter(kwargs.values()))).detach(), self.leader[name]
-        if lead == name: self.A[name].add(self.rows(x, name)); self.last[name] = (x.data_ptr(), x.shape)
-        elif self.last.get(lead) != (x.data_ptr(), x.shape):
+        if lead == name: self.A[name].add(self.rows(x, name)); self.last[name] = _place(x)
+        elif self.last.get(lead) != _place(x):
             raise RuntimeError(f"{name} no longer reads the same tensor as {lead}, as it did in the probe; this model routes inputs in a way that collect cannot follow")
         out = self.tracked(out)
         out.register_hook(lambda g: self.G[name].add(self.rows(g, name), None if self.first else 0))
@@ -280,21 +287,45 @@ def _check_causal(trunk, inputs, model):
     if (a - b).abs().max() > slack * a.abs().max(): raise ValueError(f"{type(model).__name__} looks at later tokens, so predicting the next one means nothing for it: a causal language model is needed (or an image classifier)")
 
 # %% ../nbs/02_kfac.ipynb #42ae7471
+def _say_bytes(n): p = max(0, min(3, (max(int(n), 1).bit_length() - 1) // 10)); return f"{n / 2**(10*p):.3g} {['B', 'KB', 'MB', 'GB'][p]}"
+
 @dataclass(frozen=True)
 class Forecast:
-    "Bytes that a collection will hold beyond the model."
+    "Bytes that a collection will hold beyond the model and, from `forecast`, its FLOPs."
     factors: int     # A (once where shared) and G of every target
     activations: int # kept for the backward pass of one batch
     logits: int      # the chunk of logits, its residual and its cumulative sum
     positions: int   # in one batch
+    peak: int = 0    # most bytes at once, as rehearsed; 0: not rehearsed
+    flops: int = 0   # of one batch, as rehearsed
+    model: int = 0   # bytes of the model itself
+    @property
+    def held(self): return self.peak or self.factors + self.activations + self.logits   # bytes beyond the model
+    def hours(self, tokens:int, rate:float, devices:int=1): return self.flops * tokens / self.positions / rate / devices / 3600 # at `rate` FLOP/s a device
+    def check(self, memory:int): # bytes that are free, beside the model
+        "MemoryError, with the knob to turn, where it cannot fit."
+        if memory is None or self.held <= memory: return
+        knob = dict(factors="take fewer blocks or projections at a time (blocks=..., projections=...) and save each", activations="make batches or windows smaller, or take blocks nearer to the end, so that the graph begins higher", logits="hold fewer logits at once (chunk=...)")
+        most = max(knob, key=lambda k: getattr(self, k))
+        raise MemoryError(f"this needs {_say_bytes(self.held)} and {_say_bytes(memory)} are free; most of it is {most}: {knob[most]}. It {self}")
     def __repr__(self):
-        def say(n): p = max(0, min(3, (max(n, 1).bit_length() - 1) // 10)); return f"{n / 2**(10*p):.3g} {['B', 'KB', 'MB', 'GB'][p]}"
-        return f"will hold {say(self.factors)} of factors, about {say(self.activations)} of activations and {say(self.logits)} of logits for a batch of {self.positions:,} positions"
+        b = _say_bytes
+        s = f"will hold {b(self.factors)} of factors, about {b(self.activations)} of activations and {b(self.logits)} of logits for a batch of {self.positions:,} positions"
+        return s + (f"; {b(self.peak)} at the peak beside the model's {b(self.model)}; {self.flops / self.positions / 1e9:.3g} GFLOP a position" if self.flops else "")
+
+def available_memory(device="cpu")->int: # bytes; None where it is not known
+    "Memory that is free on a device; on a CPU with what the system and the container say (Linux)."
+    device = torch.device(device)
+    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu" or not os.path.exists("/proc/meminfo"): return None
+    free = int(next(l for l in open("/proc/meminfo") if l.startswith("MemAvailable")).split()[1]) * 1024
+    try: return min(free, int(open("/sys/fs/cgroup/memory.max").read()) - int(open("/sys/fs/cgroup/memory.current").read()))
+    except (OSError, ValueError): return free                                # no limit
 
 # %% ../nbs/02_kfac.ipynb #efcb9f6d
 def _probe(model, trunk, inputs, targets):
     "(leader: dict name -> the first target that reads the same tensor; bytes a position kept for the backward pass; logits' width)"
-    read, kept, params = [], {}, {p.data_ptr() for p in model.parameters()}
+    read, kept, params = [], {}, {p.untyped_storage()._cdata for p in model.parameters()}
     zero = torch.zeros((), requires_grad=True)
     def hook(name):
         def f(m, args, kwargs, out):
@@ -302,7 +333,8 @@ def _probe(model, trunk, inputs, targets):
             return out if out.requires_grad else out + zero.to(out)
         return f
     def pack(t):
-        if t.data_ptr() not in params: kept[t.data_ptr()] = t.untyped_storage().nbytes()
+        s = t.untyped_storage()
+        if s._cdata not in params: kept[s._cdata] = s.nbytes()
         return t
     handles = [model.get_submodule(t.name).register_forward_hook(hook(t.name), with_kwargs=True) for t in targets]
     try:
@@ -461,7 +493,7 @@ def _html_table(head, rows, caption=""):
 
 def _say(self):
     silent = sum(not f.count for f in self.values())                        # experts to which no position was routed
-    return f'Factors of {len(self)} targets: {self.tokens:,} positions, labels="{self.meta.get("labels", "?")}", seed {self.meta.get("seed", "?")}, model {self.meta.get("model", "?")}' + (f"; {silent} of the experts' matrices never saw a position" if silent else "")
+    return f'Factors of {len(self)} targets: {self.tokens:,} positions, labels="{self.meta.get("labels", "?")}", seed {self.meta.get("seed", "?")}, model {self.meta.get("model", "?")}' + (f"; {silent} of the experts' matrices never saw a position" if silent else "") + (f"; {self.meta['skipped']} batches with NaN or infinity skipped" if self.meta.get("skipped") else "")
 Factors.__repr__ = lambda self: _say(self) + "\n" + _table(_head, _rows(self))
 Factors._repr_html_ = lambda self: _html_table(_head, _rows(self), _say(self))
 
@@ -514,47 +546,140 @@ def _mul(self, alpha):
                    dict(self.meta, merged=[f"{alpha:g} x {d}" for d in self.meta.get("merged", [self.meta.get("data")])]), self.model())
 Factors.__mul__ = Factors.__rmul__ = _mul
 
+# %% ../nbs/02_kfac.ipynb #81c5c911
+_OOM = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+
+def _out_of_memory(e): return isinstance(e, (_OOM, MemoryError)) or isinstance(e, RuntimeError) and "allocate memory" in str(e)
+
+def _cut(x, rows):
+    "The rows of a batch: of every tensor in it."
+    if isinstance(x, dict): return {k: _cut(v, rows) for k, v in x.items()}
+    if isinstance(x, tuple): return tuple(_cut(v, rows) for v in x)
+    return x[rows] if torch.is_tensor(x) else x
+
+def _in_pieces(run, sums, drawn, most):
+    "run(piece) over a batch in pieces of at most `most` positions (None: whole), halved where memory runs out. Returns (what run returned, summed; most)."
+    todo, done = [(drawn, [])], 0                                            # rows, and the sums that hold them already
+    while todo:
+        piece, full = todo.pop()
+        rows, size = len(piece[1]), piece[1][0].numel()
+        step = rows if most is None else max(1, most // size)
+        if step < rows: todo += [(_cut(piece, slice(i, i + step)), full) for i in reversed(range(0, rows, step))]; continue
+        before = [s.count for s in sums]
+        for s in full: s.closed = True
+        try: done += run(piece); continue
+        except Exception as e:
+            if not _out_of_memory(e) or not all(isinstance(s, OuterSum) for s in sums): raise
+            if rows == 1: raise _OOM(f"one window of {size + 1} tokens alone does not fit into memory: make windows shorter, take fewer blocks at a time (blocks=...), or hold fewer logits (chunk=...)") from e
+        finally:
+            for s in full: s.closed = False
+        full, most = full + [s for s, c in zip(sums, before) if s.count != c], rows * size // 2
+        todo.append((piece, full)); gc.collect()
+        if torch.cuda.is_available(): torch.cuda.empty_cache()
+    return done, most
+
+# %% ../nbs/02_kfac.ipynb #f51dc8b5
+def _hash(h, tensors):
+    for t in tensors: h.update(f"{tuple(t.shape)}{t.dtype}".encode()); h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return h
+
+def _whose(model, targets, **how):
+    "What must be equal for a snapshot to be gone on with."
+    weights = _hash(hashlib.blake2b(digest_size=8), [*model.parameters(), *model.buffers()]).hexdigest()
+    return dict(how, targets=[[t.name, t.d_out, t.d_in] for t in targets], dtype=str(next(model.parameters()).dtype), model=weights)
+
+@contextlib.contextmanager
+def _locked(path):
+    "Hold the lock of a file that is written over hours; RuntimeError where another job holds it. Remains of killed jobs are cleared away."
+    from filelock import FileLock, Timeout
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try: lock.acquire(timeout=0)
+    except Timeout: raise RuntimeError(f"{path} belongs to another collect that is running; give this one a path of its own, or wait for the other to end") from None
+    try:
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"): left.unlink(missing_ok=True)
+        yield
+    finally: lock.release()
+
+# %% ../nbs/02_kfac.ipynb #b454212b
+_SNAPSHOT = "curvtools.snapshot/1"
+
+def _write_snapshot(path, whose, sets, seen, state):
+    "Sums, counts, rows seen and `state` to disk, complete or not at all. OSError where the disk is full; the file before stays."
+    from safetensors import SafetensorError
+    sums = {f"{i}/{side}/{n}": s for i, (A, G) in enumerate(sets) for side, d in (("A", A), ("G", G)) for n, s in d.items()}
+    rows = dict(keys=torch.frombuffer(bytearray(b"".join(seen)), dtype=torch.uint8), times=torch.tensor(list(seen.values()))) if seen else {}
+    try: save_tensors(path, _SNAPSHOT, {k: s.sum for k, s in sums.items()} | rows, dict(whose=whose, state=state, counts={k: s.count for k, s in sums.items()}))
+    except (OSError, SafetensorError) as e:
+        raise OSError(getattr(e, "errno", None) or errno.EIO, f"the snapshot could not be written ({e}); {'the one before it is in place' if path.exists() else 'there is none yet'}. Make room there or name another disk (snapshot=...), and call again; what was gathered so far is in .partial", str(path)) from e
+
+def _read_snapshot(path, whose, sets, seen):
+    "Put what `_write_snapshot` wrote into the sums and `seen`; returns the state, None where there is no file. ValueError if it is another run's."
+    if not path.exists(): return None
+    tensors, d = load_tensors(path, _SNAPSHOT)
+    theirs = d.get("whose", {})
+    for k in whose:
+        if theirs.get(k) != whose[k]: raise ValueError(f"{path} was made with another {k}" + (f": {theirs.get(k)!r} and not {whose[k]!r}" if len(str(whose[k])) < 30 else "") + "; call collect as it was called then, or give this run a path of its own")
+    try:
+        for i, (A, G) in enumerate(sets):
+            for side, sums in (("A", A), ("G", G)):
+                for n, s in sums.items(): s.sum.copy_(tensors[f"{i}/{side}/{n}"]); s.count = d["counts"][f"{i}/{side}/{n}"]
+        if "keys" in tensors: seen.update(dict(zip((bytes(k) for k in tensors["keys"].view(-1, 16).tolist()), tensors["times"].tolist())))
+        return d["state"]
+    except (KeyError, RuntimeError, TypeError) as e: raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); remove it and collect from the start") from e
+
 # %% ../nbs/02_kfac.ipynb #55d650c3
 def _check_finite(model, targets):
     for t in targets:
         if not torch.isfinite(weight(model, t)).all(): raise ValueError(f"the weights of {t.name} hold NaN or infinity; curvature of such a model means nothing: load it again")
 
+def _sums(rec): return [*rec.A.values(), *rec.G.values()]
+
+def _finite(rec):
+    "A row with NaN or infinity shows on the diagonal of its sum, so d numbers are looked at and not d^2."
+    sums = _sums(rec)
+    return bool(torch.stack([s.sum.diagonal().sum().to(sums[0].sum.device) for s in sums]).isfinite().all())
+
 def _spoiled(rec, n):
     bad = next((name for name in rec.G if not torch.isfinite(rec.A.get(name, rec.G[name]).sum).all()), None)
     where = f"first in the input of {bad}, or below it" if bad else "above all targets"
-    return FloatingPointError(f"batch {n} gives NaN or infinity ({where}): check the weights there and the data of that batch, or load the model in float32")
+    return FloatingPointError(f'batch {n} gives NaN or infinity ({where}): check the weights there and the data of that batch, load the model in float32, or leave such batches out with on_nan="skip"')
 
-def _meta(model, labels, seed, digest, n):
+def _meta(model, labels, seed, digest, n, skipped=(), checks=()):
     from importlib.metadata import version
     from curvtools import __version__
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     return dict(model=os.path.basename(name.rstrip("/")) if os.path.exists(name) else name, revision=getattr(getattr(model, "config", None), "_commit_hash", None),
-                labels=labels, seed=seed, data=digest, batches=n, n_blocks=len(block_list(model)[1]), dtype=str(next(model.parameters()).dtype), curvtools=__version__, torch=torch.__version__, transformers=version("transformers"))
+                labels=labels, seed=seed, data=digest, batches=n, **(dict(skipped=len(skipped)) if skipped else {}), **(dict(agreement=checks[-1][1]) if checks else {}), n_blocks=len(block_list(model)[1]), dtype=str(next(model.parameters()).dtype), curvtools=__version__, torch=torch.__version__, transformers=version("transformers"))
 
 def _result(model, targets, rec, prints, meta):
     "The averages as Factors, or None if some target has seen nothing yet."
-    if any(s.count == 0 for s in [*rec.A.values(), *rec.G.values()]): return None
+    if any(s.count == 0 for s in _sums(rec)): return None
     A = {n: s.mean() for n, s in rec.A.items()}
     return Factors({t.name: Factor(t, A[rec.leader[t.name]], rec.G[t.name].mean(), rec.G[t.name].count) for t in targets}, prints, meta, model)
 
 # %% ../nbs/02_kfac.ipynb #c763895c
-def _one_batch(rec, trunk, head, prepared, labels, seed, seen, chunk, n):
-    "Forward, gradient at the head, backward; the hooks do the rest. Returns the number of positions."
+def _drawn(prepared, labels, seed, seen):
+    "A batch with its random numbers: inputs, y, w, the positions with a label [B, S] or [B], and u of the same shape (None: labels of the data, or all)."
     inputs, y, w, rows, (real, has_next) = prepared
-    if torch.is_tensor(w):                                                   # text: w [B, S]
-        rec.w, counted = (None if w.all() else w), y != -100
-        if not counted.any(): return 0
-    else: rec.w, counted = w, torch.ones_like(y, dtype=torch.bool)           # images: "cls" or "all"
+    counted, u = (y != -100 if torch.is_tensor(w) else torch.ones_like(y, dtype=torch.bool)), None   # text; images
+    if labels == "sample" and counted.any():
+        u = row_uniforms(rows, has_next if rows.shape == has_next.shape else real, seed, seen)
+        u = u[:, :y.shape[1]] if y.dim() == 2 else u[:, 0]
+    return inputs, y, w, counted, u
+
+def _one_batch(rec, trunk, head, drawn, labels, chunk, n):
+    "Forward, gradient at the head, backward; the hooks do the rest. Returns the number of positions."
+    inputs, y, w, counted, u = drawn
+    if not counted.any(): return 0
+    rec.w = None if torch.is_tensor(w) and w.all() else w                    # [B, S], or images: "cls" or "all"
     h = trunk(**inputs)                                                      # [B, S, d] or [B, C]
     if labels == "exact": _backward_exact(rec, head, h, y); return int(counted.sum())
-    u = None
-    if labels == "sample":
-        u = row_uniforms(rows, has_next if rows.shape == has_next.shape else real, seed, seen)
-        u = (u[:, :y.shape[1]] if y.dim() == 2 else u[:, 0]).to(h.device)[counted]
     dh = torch.zeros_like(h)
-    dh[counted] = head_grad(head, h[counted].detach(), None if labels == "sample" else y[counted], u, chunk)
+    dh[counted] = head_grad(head, h[counted].detach(), None if labels == "sample" else y[counted], None if u is None else u.to(h.device)[counted], chunk)
     if not torch.isfinite(dh).all(): raise _spoiled(rec, n)
     h.backward(dh)
+    if not _finite(rec): raise _spoiled(rec, n)                              # overflow on the way down
     return int(counted.sum())
 
 # %% ../nbs/02_kfac.ipynb #331c28e9
@@ -568,10 +693,17 @@ def collect(model, # a transformers model, or the id or folder of a causal one
             tokens:str="cls", # images only: "cls" or "all" token positions
             chunk:int=None, # positions whose logits are held at once; None: as many as make about 400 MB with what is derived from them
             progress:bool=True, # print the forecast and show a bar
-            on_interrupt:str="raise" # Ctrl-C: "raise" (with what there is as `.partial`) or "return" what there is
+            on_interrupt:str="raise", # Ctrl-C: "raise" (with what there is as `.partial`) or "return" what there is
+            on_nan:str="raise", # a batch that gives NaN or infinity: "raise", or "skip" it (at the price of a second copy of the sums)
+            snapshot=None, # file to keep the sums in; the same call with the same file goes on where it was, to the bit
+            every:int=1_000_000, # tokens (or images) between two snapshots
+            stop=None # "converged", or how far (.01) `curvtools.budget.agreement` may be from 1: end when even and odd batches agree; None: at the end of the data
            )->Factors: # `factors[name].A` [d_in, d_in], `.G` [d_out, d_out], float32 averages, and `.count`
     "Gather the K-FAC factors of the targets in one pass (paper section 2; sums carry their counts). The model is left as found."
     if on_interrupt not in ("raise", "return"): raise ValueError(f'on_interrupt must be "raise" or "return", not {on_interrupt!r}')
+    if on_nan not in ("raise", "skip"): raise ValueError(f'on_nan must be "raise" or "skip", not {on_nan!r}')
+    if stop is not None and not (stop == "converged" or isinstance(stop, Real) and 0 < stop < 1): raise ValueError(f'stop must be "converged" or a tolerance between 0 and 1, not {stop!r}')
+    if every < 1: raise ValueError(f"every={every} must be 1 token or more")
     if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk} must be 1 or more positions")
     if labels not in ("sample", "data", "exact"): raise ValueError(f'labels must be "sample", "data" or "exact", not {labels!r}')
     if tokens not in ("cls", "all"): raise ValueError(f'tokens must be "cls" or "all", not {tokens!r}')
@@ -584,10 +716,85 @@ def collect(model, # a transformers model, or the id or folder of a causal one
     _check_finite(model, chosen)
     if any(p.is_inference() for p in model.parameters()): raise ValueError("this model was made inside torch.inference_mode(), so nothing can flow back through it; load it outside of that")
     stream, first, total = _batches(batches)
-    with frozen(model): return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt)
+    with frozen(model), _locked(pathlib.Path(snapshot)) if snapshot else contextlib.nullcontext():
+        return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt, on_nan=on_nan, snapshot=snapshot, every=every, stop=.01 if stop == "converged" else stop)
+
+# %% ../nbs/02_kfac.ipynb #f5659e84
+class _Run:
+    "What a collection has got: sums, counters, and the hash of the data they come from."
+    def __init__(self, rec, other=None, stop=None): # a recorder; another one whose sums the odd batches go to; how far from 1 their agreement may be
+        self.rec, self.seen, self.most, self.stop, self.checks = rec, Counter(), None, stop, []
+        self.sets = [(r.A, r.G) for r in (rec, other) if r is not None]
+        self.n = self.done = self.read = 0                                   # batches in the sums, positions with a label, batches read
+        self.whole = True                                                    # False while the batches of a snapshot are read
+        self.skipped, self.digest, self.all = [], hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    def state(self): return dict(n=self.n, done=self.done, read=self.read, most=self.most, skipped=self.skipped, checks=self.checks, all=self.all.hexdigest())
+    def note(self, b):
+        "A batch was read; ids or pixels of those that count go into the data's hash."
+        _hash(self.all, [b[k] for k in sorted(b)]); self.read += 1
+        if self.read not in self.skipped: self.digest.update(b.get("input_ids", b.get("pixel_values")).cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    def resume(self, path, whose):
+        "Take up a snapshot; returns the state that reading through its batches must lead to, or None."
+        state = _read_snapshot(path, whose, self.sets, self.seen)
+        if state: self.n, self.done, self.most, self.skipped, self.checks = (state[k] for k in ("n", "done", "most", "skipped", "checks"))
+        return state
+    def batch(self, run, drawn, skip):
+        "One batch into the sums, whole or not at all where skip is set. Returns whether it is in them."
+        self.rec.A, self.rec.G = self.sets[self.n % len(self.sets)]
+        sums = _sums(self.rec)
+        kept = [(s.sum.clone(), s.count) for s in sums] if skip else None
+        try: done, self.most = _in_pieces(run, sums, drawn, self.most); self.done += done; self.n += 1; return True
+        except FloatingPointError:
+            if not skip: raise
+        for s, (old, count) in zip(sums, kept): s.sum.copy_(old); s.count = count
+        self.skipped.append(self.read + 1); return False
+    def check(self, tokens):
+        "Agreement of even and odd batches, when the tokens have doubled; from 4 times the widest side on."
+        if len(self.sets) < 2 or self.n % 2 or tokens < (2 * self.checks[-1][0] if self.checks else 4 * max(len(s.sum) for s in _sums(self.rec))): return
+        from types import SimpleNamespace as Half
+        from curvtools.budget import agreement
+        halves = [{name: Half(A=A[self.rec.leader[name]].sum, G=G[name].sum) for name in G} for A, G in self.sets]
+        self.checks.append([tokens, agreement(*halves)])
+    @property
+    def converged(self): return bool(self.stop and self.checks and self.checks[-1][1] >= 1 - self.stop)
+    def together(self):
+        "Even and odd as one."
+        for A, G in self.sets[1:]:
+            for mine, more in zip(self.sets[0], (A, G)):
+                for k, s in more.items(): mine[k].sum += s.sum; mine[k].count += s.count
+        self.sets = self.sets[:1]; self.rec.A, self.rec.G = self.sets[0]
+        return self.rec
+
+# %% ../nbs/02_kfac.ipynb #134b239e
+def _passes(run, stream, bar, draw, one, skip, path, whose, every):
+    "Batch after batch into the run; those of a snapshot are only read."
+    goal, since, tokens = path and run.resume(path, whose), 0, 0
+    run.whole = not goal
+    for b in stream:
+        b = _batch(b); key = b.get("input_ids", b.get("pixel_values")); size = key.numel() if key.dim() == 2 else len(key)
+        tokens += size
+        if goal and run.read < goal["read"]: run.note(b); _same_data(run, goal, path)
+        else:
+            seen = run.seen.copy() if skip else None
+            with _unbroken():
+                if not run.batch(one, draw(b), skip): run.seen = seen
+                run.note(b)
+            run.check(tokens)
+            since += size
+            if path and since >= every: _write_snapshot(path, whose, run.sets, run.seen, run.state()); since = 0
+        bar.update(size); bar.set_postfix(dict(skipped=len(run.skipped)) if run.skipped else {}, refresh=False, **(dict(agreement=f"{run.checks[-1][1]:.4f}") if run.checks else {}))
+        if run.whole and run.converged: break
+    if goal and run.read < goal["read"]: raise ValueError(f"{path} holds {goal['read']} batches, but the data has only {run.read}: it is not the data that the snapshot comes from")
+    if path and since: _write_snapshot(path, whose, run.sets, run.seen, run.state())
+
+def _same_data(run, goal, path):
+    "ValueError where the batches read are not those of the snapshot."
+    if run.read < goal["read"]: return
+    if run.all.hexdigest() != goal["all"]: raise ValueError(f"{path} comes from other data than these: the first {run.read} batches differ (ids, labels, mask or batch size); pass the same ones, or give this run a path of its own")
+    run.whole = True
 
 # %% ../nbs/02_kfac.ipynb #9fa6e7ef
-def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, progress, on_interrupt, recorder=_Recorder, result=_result):
+def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, progress, on_interrupt, recorder=_Recorder, result=_result, on_nan="raise", snapshot=None, every=0, stop=None):
     device, accepts = next(model.parameters()).device, inspect.signature(getattr(model, "base_model", model).forward).parameters
     prepare = lambda b: _text(b, model, device, accepts) if "input_ids" in b else _image(b, model, device, tokens, labels)
     small = prepare({k: v[:1, :5] if k != "pixel_values" and v.dim() > 1 else v[:1] for k, v in first.items() if torch.is_tensor(v)})[0]
@@ -602,32 +809,40 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     leader, kept, h = probe(model, trunk, small, targets)
     with torch.no_grad(): width = head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]
     chunk = chunk or max(64, 2**25 // width)
-    rec, seen, digest, done = recorder(model, targets, leader), Counter(), hashlib.blake2b(digest_size=8), 0
-    if progress: print(_forecast(rec, first, small, kept, width, chunk, chunked, targets) + getattr(rec, "note", ""))
-    prints, n = {t.name: fingerprint(model, t) for t in targets}, 0
-    finish = lambda: result(model, targets, rec, prints, dict(_meta(model, labels, seed, digest.hexdigest(), n), **({} if "input_ids" in small else dict(tokens=tokens))))
+    free = available_memory(device)
+    rec = recorder(model, targets, leader); run = _Run(rec, recorder(model, targets, leader) if stop else None, stop)
+    about = _forecast(rec, first, small, kept, width, chunk, chunked)
+    _check_room(about, first, free, (on_nan == "skip") + bool(stop))
+    if progress: print(_announce(about, targets) + getattr(rec, "note", ""))
+    prints = {t.name: fingerprint(model, t) for t in targets}
+    finish = lambda: result(model, targets, run.together(), prints, dict(_meta(model, labels, seed, run.digest.hexdigest(), run.n, run.skipped, run.checks), **({} if "input_ids" in small else dict(tokens=tokens))))
+    path, whose = snapshot and pathlib.Path(snapshot), snapshot and _whose(model, targets, labels=labels, seed=seed, tokens=tokens, chunk=chunk, stop=stop)
+    one = lambda drawn: _one_batch(rec, trunk, head, drawn, labels, chunk, run.read + 1)
     try:
         with rec, tqdm(total=total, unit=" tok", unit_scale=True, desc="collect", disable=not progress, delay=1) as bar:
-            for b in stream:
-                b = _batch(b); key, ready = b.get("input_ids", b.get("pixel_values")), prepare(b)
-                with _unbroken():
-                    done += _one_batch(rec, trunk, head, ready, labels, seed, seen, chunk, n + 1); n += 1
-                    digest.update(key.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-                bar.update(key.numel() if key.dim() == 2 else len(key))
+            _passes(run, stream, bar, lambda b: _drawn(prepare(b), labels, seed, run.seen), one, on_nan == "skip", path, whose, every)
     except BaseException as e:
-        if isinstance(e, KeyboardInterrupt) and on_interrupt == "return" and finish() is not None: return finish()
-        if not isinstance(e, FloatingPointError): e.partial = finish()
+        part = finish() if run.whole and not isinstance(e, FloatingPointError) else None
+        if isinstance(e, KeyboardInterrupt) and on_interrupt == "return" and part is not None: return part
+        if not isinstance(e, FloatingPointError): e.partial = part
         raise
-    if done == 0: raise ValueError("no label counts in any batch: every position is padding or masked with -100")
+    if run.done == 0: raise ValueError("no label counts in any batch: every position is padding or masked with -100" if not run.skipped else f"all {len(run.skipped)} batches give NaN or infinity: look at the model's weights, or load it in float32")
     return finish()
 
 # %% ../nbs/02_kfac.ipynb #62497764
-def _forecast(rec, first, small, kept, width, chunk, chunked, targets):
-    "Forecast and one line on what will run."
+def _forecast(rec, first, small, kept, width, chunk, chunked):
+    "What a batch like the first will hold."
     size = lambda s: s.sum.numel() * s.sum.element_size()
     key, tiny = first.get("input_ids", first.get("pixel_values")), small.get("input_ids", small.get("pixel_values"))
     positions, probed = (key.numel(), tiny.numel()) if key.dim() == 2 else (len(key), 1)
     rows = min(chunk, positions) if chunked else positions
-    f = Forecast(sum(map(size, [*rec.A.values(), *rec.G.values()])), kept * positions // probed, 12 * rows * width, positions)
+    return Forecast(sum(map(size, [*rec.A.values(), *rec.G.values()])), kept * positions // probed, 12 * rows * width, positions)
+
+def _announce(f, targets):
     at = sorted({t.block for t in targets})
     return f"collect: {len(targets)} targets in block{'s' * (len(at) > 1)} {', '.join(map(str, at)) if len(at) < 7 else f'{at[0]} to {at[-1]}'}, graph from {targets[0].name} upwards; {f}"
+
+def _check_room(f, first, free, copies):
+    "MemoryError where even one window at a time does not fit."
+    rows = len(first.get("input_ids", first.get("pixel_values")))
+    Forecast(f.factors * (1 + copies), f.activations // rows, f.logits // rows, f.positions // rows).check(free)

@@ -104,7 +104,7 @@ def fisher_block(
     tokens:str="all", # images: gradient through "all" positions, or through the class token only ("cls")
     seed:int=0, # of the drawn labels, as for `collect`
 ) -> Tensor: # float64 [P, P], P = d_out * d_in, W row by row, divided by the number of positions
-    "The exact Fisher block of one matrix, E[∇ ∇ᵀ] with ∇ the gradient of an item's log p (Martens 2020, section 6; labels=\"data\" is the empirical Fisher of section 11), in squared nats a position. ValueError for a matrix that is too large, or for unknown words."
+    "The exact Fisher block of one matrix, E[∇ ∇ᵀ] with ∇ the gradient of an item's log p (Martens 2020; labels=\"data\" is the empirical Fisher of section 11), in squared nats a position. ValueError for a matrix that is too large, or for unknown words."
     t = _only(model, target); _fits(t)
     return _pass(model, batches, t, _BlockSum(t, weight(model, t).device), labels, per, tokens, seed).mean()
 
@@ -140,7 +140,7 @@ def _passes(model:nn.Module, batches:Any, t:Target, labels:str="exact"):
     device = next(model.parameters()).device
     accepts = inspect.signature(getattr(model, "base_model", model).forward).parameters
     for b in (_fit_labels(model, _batch(b)) for b in _batches(batches)[0]):
-        inputs, y, w, *_ = _text(b, model, device, accepts) if "input_ids" in b else _image(b, device, "all", labels)
+        inputs, y, w, *_ = _text(b, model, device, accepts) if "input_ids" in b else _image(b, model, device, "all", labels)
         if "pixel_values" in inputs: inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
         at = (y.flatten() != -100).nonzero()[:, 0]                               # [n]
         yield _logits_of(model, t, inputs, at), y.flatten()[at], int(w.sum()) if torch.is_tensor(w) else _positions_of(model, t, inputs)

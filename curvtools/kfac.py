@@ -638,7 +638,7 @@ def _sums(rec): return [*rec.A.values(), *rec.G.values()]
 def _finite(rec):
     "A row with NaN or infinity shows on the diagonal of its sum, so d numbers are looked at and not d^2."
     sums = _sums(rec)
-    return bool(torch.stack([s.sum.diagonal().sum().to(sums[0].sum.device) for s in sums]).isfinite().all())
+    return bool(torch.stack([(s.sum.diagonal() if s.sum.dim() == 2 else s.sum).sum().to(sums[0].sum.device) for s in sums]).isfinite().all())
 
 def _spoiled(rec, n):
     bad = next((name for name in rec.G if not torch.isfinite(rec.A.get(name, rec.G[name]).sum).all()), None)

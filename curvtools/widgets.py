@@ -419,13 +419,16 @@ _busy = "Busy ({}): a changed setting is shown when that is done; press a button
 def _guard(p, what:str, f:Callable) -> Callable:
     "A callback: locked, in inference mode, errors to the status line; put off while a worker runs; itself in a worker where it may take long."
     s = p.session
+    def put_off():
+        if what in p.acts: p.missed[what] = f                     # a redraw alone would not do it
+        _say(p, _busy.format(s.job))
     def callback(_=None):
         other = threading.current_thread() is not s.thread        # not the worker itself
         if other: p.late = True
         while not s.lock.acquire(timeout=.05):
-            if s.job: return _say(p, _busy.format(s.job))
+            if s.job: return put_off()
         try:
-            if s.job and other: return _say(p, _busy.format(s.job))
+            if s.job and other: return put_off()
             if p.quiet: p.late = False; return                    # set by one of our own methods, on this thread
             p.late = False
             if p.slow(what): return _start(p, what, lambda: _in_worker(p, f))
@@ -493,7 +496,9 @@ def _start(p, what:str, f:Callable) -> None:
             if s.basis is not None: [_enable(q, True) for q in list(s.panels)]
             _show_job(p)
             for q in list(s.panels):
+                missed, q.missed = q.missed, {}
                 if q.late: _guard(q, "redraw", q.catch_up)()
+                for name, g in missed.items(): _guard(q, name, g)()
     s.thread = threading.Thread(target=work, daemon=True, name=f"curvtools: {what}")
     s.thread.start()
 
@@ -571,7 +576,7 @@ class Panel(W.VBox):
         visible:bool=True, # False: draw when it is first seen
     ):
         self.session = s = session if isinstance(session, Session) else Session(session)
-        self.line, self.late, self.quiet, self.visible, self.stale, self.failed, self.phase = "", False, False, visible, False, None, ("", 0., 0)
+        self.missed, self.line, self.late, self.quiet, self.visible, self.stale, self.failed, self.phase = {}, "", False, False, visible, False, None, ("", 0., 0)
         self.figures, self.data, self.took, self.c = {}, {}, {}, SimpleNamespace()
         self.c.status, self.c.code = W.HTML(), W.HTML()
         self.c.bar, self.c.cancel = W.IntProgress(layout=dict(width="160px", visibility="hidden")), W.Button(description="Cancel", disabled=True, layout=dict(width="auto"))
@@ -586,6 +591,7 @@ class Panel(W.VBox):
     def wire(self): pass
     def fill(self): pass                                                      # options of the controls, from the session
     def settle(self): pass                                                    # bring controls that depend on others in line
+    acts = ("find", "your text")                                  # callbacks that do more than draw what the controls say
     def slow(self, what:str) -> bool: return self.session.size > 10**7 or self.took.get(what, 0) > .7   # may it take over a second?
     def draw(self): pass
     def load(self): _start(self, "curvature", lambda: _load_all(self)); return self

@@ -298,7 +298,7 @@ def test_the_model_is_left_as_found():
 # refusals
 
 @pytest.mark.parametrize("passages, error, says", [
-    ([], ValueError, "empty"), (Passages(), ValueError, "empty"), (["text"], TypeError, "not a Passage"), (None, TypeError, "not iterable"),
+    ([], ValueError, "empty"), (Passages(), ValueError, "empty"), (["text"], TypeError, "not a Passage"), (None, TypeError, "Passages are needed.*not NoneType"),
     ([Passage([1]*40, [2]*24), Passage([1]*41, [2]*24, label="too long")], ValueError, r"Passage 1 \(too long\): prefix 41 \+ suffix 24 = 65 tokens.*context is 64"),
     ([Passage([1], [V])], ValueError, "Passage 0.*61 is beyond.*vocabulary of 61"),
 ])

@@ -77,7 +77,7 @@ class Notebook:
     "A notebook, open alone in a page of JupyterLab."
     size = dict(width=1280, height=1700)
 
-    def __init__(self, jupyter, browser, name, source, timeout=1000*int(os.environ.get("CURVTOOLS_BROWSER_TIMEOUT", 40))):   # more, where the machine is busy
+    def __init__(self, jupyter, browser, name, source, timeout=1000*int(os.environ.get("CURVTOOLS_BROWSER_TIMEOUT", "120"))):   # more, where the machine is busy
         (jupyter["work"]/name).write_text(source if isinstance(source, str) else json.dumps(source))
         self.context = browser.new_context(viewport=self.size)
         self.page, self.dialogs = self.context.new_page(), []

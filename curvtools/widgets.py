@@ -256,7 +256,7 @@ def _make(s:Session, spec:dict, tell:Callable=lambda *a: None) -> Any: # Edit
     "The edit that a spec describes; the original weights must be in the model."
     if spec["method"] == "plan": return planned(s.basis, s.plan)
     if spec["method"] == "EK-FAC" and s.moments is None: s.moments = _moments(s, tell)
-    if spec["knob"] != (knob := _methods(s)[spec["method"]].knob): raise ValueError(f"the strength of {spec['method']} is {knob}, not {str(spec['knob'])[:40]!r}")
+    if spec["knob"] != (knob := _methods(s)[spec["method"]].knob) and not {spec["knob"], knob} <= {"rho", "fraction", "energy"}: raise ValueError(f"the strength of {spec['method']} is {knob}, not {str(spec['knob'])[:40]!r}")
     m, at, n = _methods(s)[spec["method"]], {k: list(spec[k]) for k in ("blocks", "projections")}, itertools.count(1)
     def tick(): k = next(n); k % 5 or tell(0, 0, f"training {spec['method']}, pass {k}")
     with stoppable(s.model, s.cancel, tick if spec["method"] in trained else lambda: None): return m.make(**{spec["knob"]: spec["strength"]}, **at)
@@ -1417,6 +1417,7 @@ class Lab(W.VBox):
     ):
         state = None if state is None else _read_state(state)
         self.session = s = playground if isinstance(playground, Session) else Session(playground, model, tokenizer, clean, heldout, memorized, unseen, tasks, factors, **limits)
+        s.lost = None                                             # what another Lab could not restore is not told here
         with s.lock: self.panels = {k.__name__.lower(): k(s, start=False, visible=k is Explorer) for k in self.kinds}
         for n, p in self.panels.items(): setattr(self, n, p)
         self.tabs = W.Tab([*self.panels.values()], titles=[p.title for p in self.panels.values()])
@@ -1479,8 +1480,8 @@ def _read_state(state:Any) -> dict:
     kind = state.get("kind") if isinstance(state, dict) else type(state).__name__
     if kind != _state_kind: raise ValueError(f"this is no state of a Lab: its kind is {kind!r}, not {_state_kind!r}")
     if missing := {"weights", "front", "seen", "history", "at", "back", "ahead", "panels"} - state.keys(): raise ValueError(f"this state of a Lab is not complete: {', '.join(sorted(missing))} missing")
-    if bad := _odd(state): raise ValueError(f"this state of a Lab is damaged: {bad} is {str(state[bad])[:80]}")
     if odd := [k for k, ok in _sound(state).items() if not ok]: raise ValueError(f"this state of a Lab cannot be restored: no Lab writes such {', '.join(odd)}")
+    if bad := _odd(state): raise ValueError(f"this state of a Lab is damaged: {bad} is {str(state[bad])[:80]}")
     return state
 
 def _sound(state:dict) -> dict: # part -> could a Lab have written it?

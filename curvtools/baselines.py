@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .targets import block_list, find_targets, fingerprint, weight
 from .data import Passage
 from .kfac import Factors, frozen, load_tensors, save_tensors, _check_notes, _Recorder, _batch, _batches, _check_finite, _check_ids, _collect
-from .decompose import Basis, Eigen, check_weights, random_basis, residual, _one_of, _orthonormal, _pick, _same_weights, _share
+from .decompose import Basis, Eigen, check_weights, random_basis, residual, _noted, _one_of, _orthonormal, _pick, _same_weights, _share, _silent
 from .edit import Edit, Masked, Plan, Replaced, _listed, _plain, _strengths
 
 _all_ = ["random_basis"]
@@ -176,13 +176,13 @@ def identity_basis(
         return d, U, residual(M.double(), d, U)[0]
     done = {id(M): side(M) for f in factors.values() for M in (f.G, f.A)}                 # gate and up share A
     live, es = factors.model() if model is None else model, []
-    silent = [n for n, f in factors.items() if f.target.expert is not None and not f.trace] # experts that saw nothing are left alone
+    silent = _silent(factors)                                     # left alone
     for name, f in factors.items():
         if name in silent: continue
         (lam, UG, rg), (mu, UA, ra) = done[id(f.G)], done[id(f.A)]
         es.append(Eigen(f.target, UG, UA, lam, mu, rg, ra, fingerprint=factors.fingerprints.get(name)))
         if live is not None: es[-1]._model = weakref.ref(live)
-    basis = Basis(es, dict(factors.meta, basis="identity", **(dict(silent=silent) if silent else {})))
+    basis = Basis(es, dict(factors.meta, basis="identity", **_noted(silent)))
     return basis if model is None else basis.bind(model)
 
 # %% ../nbs/08_baselines.ipynb #96da247b

@@ -8,13 +8,12 @@ __all__ = ['forecast', 'agreement']
 # %% ../nbs/25_budget.ipynb #cde5ddba
 import copy
 import weakref
-from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .decompose import _decompose, staircase
-from .kfac import Factors, Forecast, _batch, _image, _probe, _Recorder, frozen, head_grad, split_head
+from .kfac import Forecast, _batch, _probe, _Recorder, frozen, head_grad, split_head
 from .targets import find_targets
 
 # %% ../nbs/25_budget.ipynb #537fb233

@@ -459,6 +459,12 @@ class Basis(dict):
     def _repr_html_(self): return _html_table(*self._cells(), self._title())
 
 # %% ../nbs/03_decompose.ipynb #24f22fb3
+def _silent(factors): # names
+    "Experts that saw nothing: they have no curvature."
+    return [n for n, f in factors.items() if f.target.expert is not None and not f.trace]
+
+def _noted(silent): return dict(silent=silent) if silent else {}  # for the notes of a basis
+
 def eigen(
     factors, # Factors of `collect`
     model=None, # bind to this model; else to the one the factors remember, if it is still alive
@@ -468,7 +474,7 @@ def eigen(
 ) -> Basis:
     "Eigendecompose every factor, each distinct matrix once. ValueError names a matrix that is not finite."
     if dtype not in (torch.float32, torch.float64): raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    silent = [n for n, f in factors.items() if f.target.expert is not None and not f.trace] # experts that saw nothing: no curvature, no edit
+    silent = _silent(factors)                                     # no curvature, no edit
     seen = {n: f for n, f in factors.items() if n not in silent}
     jobs = {id(M): (M, f"{side} of {name}") for name, f in seen.items() for side, M in (("G", f.G), ("A", f.A))}
     done = {}
@@ -481,7 +487,7 @@ def eigen(
         e = Eigen(f.target, UG, UA, lam, mu, rg, ra, cg, ca, factors.fingerprints.get(name))
         if live is not None: e._model = weakref.ref(live)
         out.append(e)
-    basis = Basis(out, dict(factors.meta, basis="kfac", **(dict(silent=silent) if silent else {})))
+    basis = Basis(out, dict(factors.meta, basis="kfac", **_noted(silent)))
     if (m := live if model is None else model) is not None: basis.meta["n_blocks"] = len(block_list(m)[1])
     return basis if model is None else basis.bind(model)
 

@@ -9,18 +9,17 @@ __all__ = ['fisher_block', 'ggn_block', 'hessian_block', 'kfac_block', 'directio
 
 # %% ../nbs/17_fidelity.ipynb #63c7c1e3
 import inspect, math
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .targets import Target, find_targets, weight
-from .kfac import Factors, _batch, _batches, _check_finite, _collect, _image, _text, collect, frozen
+from .kfac import Factors, _batch, _batches, _check_finite, _collect, _image, _plain_attention, _text, collect, frozen
 from .decompose import Basis, Eigen, _orthonormal, check_weights, random_basis
+from .evaluate import _draws
 from .edit import Edit, Masked
 from .baselines import Moments, _largest, _MomentRecorder, second_moments
 from .recite import bootstrap
@@ -90,7 +89,7 @@ def _pass(
     for name, x, known in (("labels", labels, ("exact", "sample", "data")), ("per", per, ("sequence", "position")), ("tokens", tokens, ("all", "cls"))):
         if x not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, not {x!r}")
     _check_finite(model, [t])
-    stream, first, n = _batches(batches); stream = (_fit_labels(model, _batch(b)) for b in stream)
+    stream, first, n = _batches(batches); stream, first = (_fit_labels(model, _batch(b)) for b in stream), _fit_labels(model, first)
     done = lambda model, targets, rec, prints, meta: rec.G[t.name] if rec.G[t.name].count else None
     with frozen(model): return _collect(model, stream, first, n, [t], labels, seed, tokens, None, False, "raise", lambda m, ts, leader: _Hooks(m, t, total, per), done)
 
@@ -109,16 +108,6 @@ def fisher_block(
     return _pass(model, batches, t, _BlockSum(t, weight(model, t).device), labels, per, tokens, seed).mean()
 
 # %% ../nbs/17_fidelity.ipynb #63ffef5b
-@contextmanager
-def _plain_attention(model:nn.Module):
-    "Attention in plain operations inside, which can be differentiated twice and forwards; as it was outside."
-    old = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
-    try:
-        if old not in ("eager", "sdpa"): model.set_attn_implementation("eager")
-        with sdpa_kernel(SDPBackend.MATH): yield
-    finally:
-        if old not in ("eager", "sdpa"): model.set_attn_implementation(old)
-
 def _logits_of(model:nn.Module, t:Target, inputs:dict, at:Tensor):
     "The logits [n, V] at the scored positions `at`, as a function of W [d_out, d_in]."
     stored = (lambda W: W) if t.layout == "linear" else (lambda W: W.T)
@@ -380,10 +369,6 @@ def _apart(M:Tensor, w:Tensor) -> Tensor: # w [..., N] -> [...]
     "Mean of M [N, N] over pairs of different items with weights w."
     return ((w@M*w).sum(-1) - (w.square()*M.diagonal()).sum(-1))/(w.sum(-1).square() - w.square().sum(-1))
 
-def _resampled(n:int, draws:int, seed:int=0) -> Tensor: # [draws, n], how often each item is drawn
-    "Weights of bootstrap draws."
-    return torch.stack([torch.bincount(torch.randint(n, (n,), generator=g), minlength=n).double() for g in [torch.Generator().manual_seed(seed)] for _ in range(draws)])
-
 # %% ../nbs/17_fidelity.ipynb #7e69e242
 def off_diagonal(
     model:nn.Module, # as for `fisher_block`
@@ -403,7 +388,7 @@ def off_diagonal(
     guess = torch.outer(e.lam, e.mu).flatten()                                   # [P]
     fit = torch.cat([x.double().square()@guess.to(x.device) for x in kept.items(size)]).mean()*n/kept.count
     share = lambda w: 1 - _apart(diagonal, w)/_apart(whole, w)
-    off, draws = float(share(torch.ones(n, dtype=torch.float64))), share(_resampled(n, 400))
+    off, draws = float(share(torch.ones(n, dtype=torch.float64))), share(_draws(n, 400, 0))
     norm = float(_apart(whole, torch.ones(n, dtype=torch.float64)).clamp(min=1e-300).sqrt())*n/kept.count
     return dict(off=off, low=float(draws.quantile(.025)), high=float(draws.quantile(.975)), cosine=float(fit/(norm*guess.norm())), n=n)
 

@@ -29,6 +29,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .targets import Target, block_list, find_targets, fingerprint, weight, _read_target
@@ -184,6 +185,35 @@ def frozen(model:nn.Module): # any module
         with _unbroken():
             for m, training in modes: m.training = training
             for p, flag in flags: p.requires_grad_(flag)
+
+# %% ../nbs/02_kfac.ipynb #7be0a6d4
+@contextlib.contextmanager
+def _tapped(model, names):
+    "Inside, a forward pass leaves in the dict, for each named module, its input [B, T, d_in] and an output on which gradients can be taken."
+    seen, zero, handles = {}, torch.zeros((), requires_grad=True), []
+    def hook(name):
+        def f(m, args, kwargs, out):
+            out = out if out.requires_grad else out + zero.to(out)
+            seen[name] = ((args[0] if args else next(iter(kwargs.values()))).detach(), out)
+            return out
+        return f
+    try:
+        for n in names:
+            with _unbroken(): handles.append(model.get_submodule(n).register_forward_hook(hook(n), with_kwargs=True))
+        yield seen
+    finally:
+        with _unbroken():
+            for h in handles: h.remove()
+
+@contextlib.contextmanager
+def _plain_attention(model):
+    "Attention in plain operations inside, which can be differentiated twice and forwards; as it was outside."
+    old = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
+    try:
+        if old not in ("eager", "sdpa"): model.set_attn_implementation("eager")
+        with sdpa_kernel(SDPBackend.MATH): yield
+    finally:
+        if old not in ("eager", "sdpa"): model.set_attn_implementation(old)
 
 # %% ../nbs/02_kfac.ipynb #7bc7a360
 def _check_ids(ids, model):
@@ -354,14 +384,9 @@ def _check_cls(model, trunk, inputs, targets):
     "ValueError unless position 0 is a CLS token through which the classes' gradient flows at every target."
     way = 'use tokens="all"'
     if not any(n.rpartition(".")[2] in _CLS for n, _ in model.named_parameters()): raise ValueError(f"{type(model).__name__} has no CLS token that could be found (no parameter named {', '.join(sorted(_CLS))}); {way}")
-    outs, zero = {}, torch.zeros((), requires_grad=True)
-    def hook(name): return lambda m, args, out: outs.setdefault(name, out if out.requires_grad else out + zero.to(out))
-    handles = [model.get_submodule(t.name).register_forward_hook(hook(t.name)) for t in targets]
-    try: h = trunk(**inputs)
-    finally:
-        for hd in handles: hd.remove()
-    grads = torch.autograd.grad(h, list(outs.values()), torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h), allow_unused=True)
-    dead = [n for n, g in zip(outs, grads) if g is None or g.dim() != 3 or not g[:, 0].any()]
+    with _tapped(model, [t.name for t in targets]) as seen: h = trunk(**inputs)
+    grads = torch.autograd.grad(h, [out for _, out in seen.values()], torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h), allow_unused=True)
+    dead = [n for n, g in zip(seen, grads) if g is None or g.dim() != 3 or not g[:, 0].any()]
     if dead: raise ValueError(f"{dead[0]}: the class is not read through the first position there, so CLS-token factors would be zero; {way}, or leave that target out")
 
 # %% ../nbs/02_kfac.ipynb #c0184da5
@@ -729,9 +754,10 @@ class _Run:
         self.whole = True                                                    # False while the batches of a snapshot are read
         self.skipped, self.digest, self.all = [], hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     def state(self): return dict(n=self.n, done=self.done, read=self.read, most=self.most, skipped=self.skipped, checks=self.checks, all=self.all.hexdigest())
-    def note(self, b):
-        "A batch was read; ids or pixels of those that count go into the data's hash."
-        _hash(self.all, [b[k] for k in sorted(b)]); self.read += 1
+    def note(self, b, whole):
+        "A batch was read; ids or pixels of those that count go into the data's hash; for a snapshot, `whole`, all of it into another."
+        if whole: _hash(self.all, [b[k] for k in sorted(b)])
+        self.read += 1
         if self.read not in self.skipped: self.digest.update(b.get("input_ids", b.get("pixel_values")).cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     def resume(self, path, whose):
         "Take up a snapshot; returns the state that reading through its batches must lead to, or None."
@@ -773,12 +799,12 @@ def _passes(run, stream, bar, draw, one, skip, path, whose, every):
     for b in stream:
         b = _batch(b); key = b.get("input_ids", b.get("pixel_values")); size = key.numel() if key.dim() == 2 else len(key)
         tokens += size
-        if goal and run.read < goal["read"]: run.note(b); _same_data(run, goal, path)
+        if goal and run.read < goal["read"]: run.note(b, path); _same_data(run, goal, path)
         else:
             seen = run.seen.copy() if skip else None
             with _unbroken():
                 if not run.batch(one, draw(b), skip): run.seen = seen
-                run.note(b)
+                run.note(b, path)
             run.check(tokens)
             since += size
             if path and since >= every: _write_snapshot(path, whose, run.sets, run.seen, run.state()); since = 0

@@ -605,7 +605,7 @@ def _share_bars(ax:Any, p:dict) -> None:
 def _curves(ax:Any, curves:dict) -> None:
     "Largest eigenvalue of the mean of n items over the mean of theirs, with the floor 1/n."
     first = next(iter(curves.values())); n = [r["n"] for r in first]
-    for k, (name, rows) in enumerate(curves.items()):
+    for name, rows in curves.items():
         c, marker, line = (RED, "^", "-") if name.startswith("memorised") else (BLUE, "o", "-"); x = [r["n"] for r in rows]
         if "equal" in name or "unit" in name: line = "--"
         ax.plot(x, [r["ratio"] for r in rows], line, marker=marker, color=c, markersize=4, linewidth=1.3, label=name, markerfacecolor=c if line == "-" else "white")

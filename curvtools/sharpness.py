@@ -6,8 +6,8 @@
 __all__ = ['Rows', 'gram', 'own', 'rows', 'Top', 'trace', 'top', 'lanczos', 'sharpest', 'along', 'band_shares', 'cancelling',
            'cosines', 'matched', 'InputCurvature', 'input_curvature']
 
-# %% ../nbs/16_sharpness.ipynb #5c111123
-import contextlib, inspect, math
+# %% ../nbs/16_sharpness.ipynb #9b5ad420
+import inspect, math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .data import Windows, image_batches
 from .evaluate import _cuts, _is_passages, _positions, _targets, _texts
-from .kfac import Factor, _check_images, _check_labels, _unbroken, frozen, row_uniforms, sample_labels
+from .kfac import Factor, _check_images, _check_labels, _plain_attention, _tapped, frozen, row_uniforms, sample_labels
 from .targets import Target, find_targets
 
-# %% ../nbs/16_sharpness.ipynb #1623d242
+# %% ../nbs/16_sharpness.ipynb #61455cee
 @dataclass(frozen=True, repr=False)
 class Rows:
     "The rows of each item's Fisher block, F_n = sum_m r_nm r_nm^T with r_nm = sum_t g_nmt a_nt^T, as their two halves: no [d_out, d_in] is formed. `rows[i]` picks items."
@@ -44,7 +43,7 @@ def gram(
     "Inner products of all rows of x with all rows of y: sum over t, s of (a_t . a'_s)(g_t . g'_s)."
     y = x if y is None else y
     if x.target.name != y.target.name: raise ValueError(f"The rows are of two matrices, {x.target.name} and {y.target.name}: their inner products mean nothing.")
-    (N, M, S, d), T, out = y.g.shape, x.a.shape[1], []
+    (N, M, _, d), T, out = y.g.shape, x.a.shape[1], []
     for i in range(0, len(x), step := max(1, memory//max(1, T*N*M*d))):
         ka = torch.einsum("ntd,jsd->ntjs", x.a[i:i + step], y.a)                              # [n, T, N', S]
         h = torch.einsum("ntjs,jksd->njktd", ka, y.g)                                         # [n, N', M', T, d_out]
@@ -55,25 +54,7 @@ def own(x:Rows) -> Tensor: # [N, M, M]
     "Inner products of each item's rows with one another: the same eigenvalues as its Fisher block, and its trace."
     return torch.einsum("nmtd,nts,nksd->nmk", x.g, x.a @ x.a.transpose(1, 2), x.g)
 
-# %% ../nbs/16_sharpness.ipynb #602b287e
-@contextlib.contextmanager
-def _tapped(model, names):
-    "Inside, the dict holds input [B, T, d_in] and output of each named module after a forward pass; gradients can be taken on the outputs."
-    seen, zero, handles = {}, torch.zeros((), requires_grad=True), []
-    def hook(name):
-        def f(m, args, kwargs, out):
-            out = out if out.requires_grad else out + zero.to(out)
-            seen[name] = ((args[0] if args else next(iter(kwargs.values()))).detach(), out)
-            return out
-        return f
-    try:
-        for n in names:
-            with _unbroken(): handles.append(model.get_submodule(n).register_forward_hook(hook(n), with_kwargs=True))
-        yield seen
-    finally:
-        with _unbroken():
-            for h in handles: h.remove()
-
+# %% ../nbs/16_sharpness.ipynb #1e15ac21
 def _split(x, B, name): # [B, T, d]
     "Rows of a batch by item."
     if x.ndim == 2 and len(x) % B == 0: x = x.view(B, -1, x.shape[-1])                       # OPT flattens its positions; a pooled head has one
@@ -142,11 +123,16 @@ def _facts(z, y): # loss [B] float64, confidence [B]
     c = torch.where(w.any(1), (l.max(-1).values.exp()*w).sum(1)/w.sum(1).clamp(min=1), l.max(-1).values.exp().mean(1))
     return torch.where(w.any(1), (nll*w).sum(1), torch.nan).cpu(), c.cpu()
 
-# %% ../nbs/16_sharpness.ipynb #b70c0b07
+# %% ../nbs/16_sharpness.ipynb #e6bb3d86
 def _padded(parts):
     "Tensors one below the other, the smaller ones filled up with zeros."
     most = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts))]
     return torch.cat([nn.functional.pad(p, [n for m, k in zip(most[::-1], p.shape[:0:-1]) for n in (0, m - k)]) for p in parts])
+
+def _in_order(order, facts): # index [N] that undoes the batching; loss [N], confidence [N]
+    "Items as they were given."
+    back = torch.tensor(order).argsort()
+    return back, *(torch.cat(f)[back] for f in zip(*facts))
 
 def _wrong(labels, draws):
     if labels not in ("exact", "sample", "data", "uniform"): raise ValueError(f'labels={labels!r}: "exact", "sample", "data" or "uniform".')
@@ -159,7 +145,7 @@ def _batch_rows(seen, names, z, y, labels, draws, keys, seed, counts): # {name: 
         for n, g in zip(names, torch.autograd.grad(z, [seen[n][1] for n in names], r.to(z.dtype), retain_graph=True)): out[n].append(_split(g, len(z), n))
     return {n: (_split(seen[n][0], len(z), n).cpu(), torch.stack(out[n], 1).cpu()) for n in names}
 
-# %% ../nbs/16_sharpness.ipynb #7cb476f5
+# %% ../nbs/16_sharpness.ipynb #b0b6280f
 def rows(
     model:nn.Module, # an image classifier or a causal language model; left as found
     items:Any, # image_batches, passages (their suffix is scored), Windows or token ids [N, T]
@@ -181,7 +167,7 @@ def rows(
             if labels == "data" and not (y != -100).any(1).all(): raise ValueError('labels="data" needs a label for every image.')
             keys = b.get("input_ids", b.get("pixel_values")); order += i; facts.append(_facts(z, y))
             found.append(_batch_rows(seen, names, z, y, labels, draws, keys, seed, counts))
-    back = torch.tensor(order).argsort(); loss, sure = (torch.cat(f)[back] for f in zip(*facts))
+    back, loss, sure = _in_order(order, facts)
     return {t.name: Rows(t, _padded([f[t.name][0] for f in found])[back], _padded([f[t.name][1] for f in found])[back], loss, sure) for t in ts}
 
 # %% ../nbs/16_sharpness.ipynb #83da0cc9
@@ -256,7 +242,7 @@ def _sharp_batch(seen, n, z, y, labels, steps, tol, rng): # value [B], a, g, bou
     apply(vec); g = kept["g"]/value.clamp(min=1e-30).sqrt()[:, None, None].to(a)               # unit length
     return value.cpu(), a.cpu(), g[:, None].cpu(), bound.cpu()
 
-# %% ../nbs/16_sharpness.ipynb #db16942c
+# %% ../nbs/16_sharpness.ipynb #ffea09e6
 def sharpest(
     model:nn.Module, # a causal language model or an image classifier; left as found
     items:Any, # as for rows
@@ -272,12 +258,12 @@ def sharpest(
     "The largest eigenvalue of every item's Fisher block, and its direction, for any vocabulary: by Lanczos at the logits. A product costs a backward pass and about as much again. The errors are in `.error`."
     if labels not in ("exact", "uniform"): raise ValueError(f'labels={labels!r}: "exact" or "uniform"; others have rows, see `rows`.')
     ts, order, found, facts = find_targets(model, targets, **where), [], [], []
-    with frozen(model), sdpa_kernel(SDPBackend.MATH), _tapped(model, [t.name for t in ts]) as seen, tqdm(_items(model, items, batch_size), desc="sharpest", unit="batch", disable=not progress, delay=2, leave=False) as bar:
+    with frozen(model), _plain_attention(model), _tapped(model, [t.name for t in ts]) as seen, tqdm(_items(model, items, batch_size), desc="sharpest", unit="batch", disable=not progress, delay=2, leave=False) as bar:
         for i, b in bar:
             z, y = _logits(model, b); order += i; facts.append(_facts(z, y))
             found.append({t.name: _sharp_batch(seen, t.name, z, y, labels, steps, tol, torch.Generator().manual_seed(seed)) for t in ts})
             seen.clear(); del z
-    back = torch.tensor(order).argsort(); loss, sure = (torch.cat(f)[back] for f in zip(*facts))
+    back, loss, sure = _in_order(order, facts)
     join = lambda n, k: [f[n][k] for f in found]
     return {t.name: Top(torch.cat(join(t.name, 0))[back, None], Rows(t, _padded(join(t.name, 1))[back], _padded(join(t.name, 2))[back], loss, sure), torch.cat(join(t.name, 3))[back, None]) for t in ts}
 

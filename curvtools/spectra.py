@@ -8,7 +8,7 @@ __all__ = ['mp_support', 'mp_density', 'mp_middle', 'bulk_variance', 'noise_edge
 
 # %% ../nbs/18_spectra.ipynb #2ef2e151
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn

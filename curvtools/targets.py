@@ -52,7 +52,7 @@ def _read_target(d:dict) -> Target: # d: what asdict gave, out of a file
     for k, kind in _kinds.items():
         if type(v := getattr(t, k)) is not kind: raise ValueError(f"{k} of a target is {str(v)[:40]!r}")
     if not t.name or not all(x.isprintable() for x in (t.name, t.projection, t.role)): raise ValueError(f"{t.name[:40]!r} is no name of a matrix")
-    if t.block < -1 or min(t.d_out, t.d_in) < 1 or t.layout not in ("linear", "conv1d", "expert", "expert_t"): raise ValueError(f"{t.name} cannot be in block {t.block}, {t.d_out} x {t.d_in}, {t.layout}")
+    if t.block < -1 or min(t.d_out, t.d_in) < 1 or t.layout not in ("linear", "conv1d", *_STACKED): raise ValueError(f"{t.name} cannot be in block {t.block}, {t.d_out} x {t.d_in}, {t.layout}")
     if t.layout in _STACKED and not re.search(r"\[\d+\]$", t.name): raise ValueError(f"{t.name} does not say which expert it is")
     if not all(type(p) is str and all(len(r) in (2, 3) and 0 <= r[0] <= r[1] <= t.d_out and (len(r) == 2 or r[2] > 0) for r in rs) for p, rs in t.parts): raise ValueError(f"{t.name} has parts that are no rows of it")
     return t

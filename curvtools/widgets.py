@@ -1464,14 +1464,6 @@ def _is_spec(x:Any) -> bool:
     if not isinstance(x, dict) or type(x.get("control")) is not bool or not isinstance(x.get("method"), str): return False
     return x["method"] == "plan" or isinstance(x.get("knob"), str) and type(x.get("strength")) in (int, float) and math.isfinite(x["strength"]) and _listed_as(x.get("blocks"), int) and _listed_as(x.get("projections"), str)
 
-def _odd(s:dict) -> str|None:
-    "The first part of a state that cannot be."
-    n = len(s["history"]) if isinstance(s["history"], list) else -1
-    steps = lambda xs: _listed_as(xs, int) and all(0 <= x <= n for x in xs)
-    good = dict(weights=isinstance(s["weights"], str), history=n >= 0 and all(map(_is_spec, s["history"])), at=steps([s["at"]]), back=steps(s["back"]), ahead=steps(s["ahead"]), seen=type(s["seen"]) is int and 0 <= s["seen"] < 2**63,
-                front=type(s["front"]) is int and s["front"] >= 0, panels=isinstance(s["panels"], dict) and all(isinstance(p, dict) for p in s["panels"].values()))
-    return next((k for k, ok in good.items() if not ok), None)
-
 def _read_state(state:Any) -> dict:
     "A state as dict, from a dict, JSON or a Path. ValueError for anything else."
     if isinstance(state, Path): state = state.read_text(encoding="utf-8")
@@ -1481,14 +1473,13 @@ def _read_state(state:Any) -> dict:
     if kind != _state_kind: raise ValueError(f"this is no state of a Lab: its kind is {kind!r}, not {_state_kind!r}")
     if missing := {"weights", "front", "seen", "history", "at", "back", "ahead", "panels"} - state.keys(): raise ValueError(f"this state of a Lab is not complete: {', '.join(sorted(missing))} missing")
     if odd := [k for k, ok in _sound(state).items() if not ok]: raise ValueError(f"this state of a Lab cannot be restored: no Lab writes such {', '.join(odd)}")
-    if bad := _odd(state): raise ValueError(f"this state of a Lab is damaged: {bad} is {str(state[bad])[:80]}")
     return state
 
 def _sound(state:dict) -> dict: # part -> could a Lab have written it?
-    h, whole = state["history"], lambda x, n: type(x) is int and 0 <= x < n
+    h, names, whole = state["history"], [x.__name__.lower() for x in Lab.kinds], lambda x, n: type(x) is int and 0 <= x < n
     steps = lambda xs: isinstance(xs, list) and isinstance(h, list) and all(whole(x, len(h) + 1) for x in xs)
-    return dict(history=isinstance(h, list) and all(isinstance(x, dict) for x in h), at=steps([state["at"]]), back=steps(state["back"]), ahead=steps(state["ahead"]), front=whole(state["front"], len(Lab.kinds)),
-                seen=type(state["seen"]) is int, panels=isinstance(state["panels"], dict) and all(k in [x.__name__.lower() for x in Lab.kinds] and isinstance(v, dict) for k, v in state["panels"].items()))
+    return dict(weights=isinstance(state["weights"], str), history=isinstance(h, list) and all(map(_is_spec, h)), at=steps([state["at"]]), back=steps(state["back"]), ahead=steps(state["ahead"]),
+                front=whole(state["front"], len(names)), seen=whole(state["seen"], 2**63), panels=isinstance(state["panels"], dict) and all(k in names and isinstance(v, dict) for k, v in state["panels"].items()))
 
 def _restore_lab(lab:Lab, state:dict) -> None:
     "History and view of a state, with a bar. If it fails or is cancelled, the Lab has the original weights and no history, and `wait` raises why: ValueError for what is no state, or of other weights."

@@ -60,6 +60,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'curvtools.budget._flops': ('budget.html#_flops', 'curvtools/budget.py'),
                                   'curvtools.budget._imitation': ('budget.html#_imitation', 'curvtools/budget.py'),
                                   'curvtools.budget._inputs': ('budget.html#_inputs', 'curvtools/budget.py'),
+                                  'curvtools.budget._no_sweep': ('budget.html#_no_sweep', 'curvtools/budget.py'),
                                   'curvtools.budget._parts': ('budget.html#_parts', 'curvtools/budget.py'),
                                   'curvtools.budget._rehearse': ('budget.html#_rehearse', 'curvtools/budget.py'),
                                   'curvtools.budget._shape': ('budget.html#_shape', 'curvtools/budget.py'),

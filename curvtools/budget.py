@@ -6,7 +6,9 @@
 __all__ = ['forecast', 'agreement']
 
 # %% ../nbs/25_budget.ipynb #cde5ddba
+import contextlib
 import copy
+import gc
 import weakref
 
 import torch
@@ -19,6 +21,13 @@ from .targets import find_targets
 # %% ../nbs/25_budget.ipynb #537fb233
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+@contextlib.contextmanager
+def _no_sweep():
+    "Without the collector of cycles, which runs when it likes: what is alive at the peak is the same each time."
+    on = gc.isenabled(); gc.disable()
+    try: yield
+    finally: on and gc.enable()
 
 class _Meter(TorchDispatchMode):
     "Bytes of the storages that operations make, and that are still alive: `now`, and at most: `peak`."
@@ -60,7 +69,7 @@ def _rehearse(twin, parts, shape, chosen, labels, tokens, chunk):
     leader, _, h = _probe(twin, trunk, _inputs((1, *shape[1:]) if image else (1, 5)), chosen)
     chunk = chunk or max(64, 2**25 // head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]); del h
     n = shape[0] * (1 if image else shape[1] - 1)
-    with _flops() as counted, _Meter([*twin.parameters(), *twin.buffers()]) as meter:
+    with _no_sweep(), _flops() as counted, _Meter([*twin.parameters(), *twin.buffers()]) as meter:
         rec = _Recorder(twin, chosen, leader); rec.w = tokens if image else None
         factors = meter.now
         with rec:

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from tiny import tiny, tiny_inputs, V
 from curvtools import baselines as B
-from curvtools.baselines import (Moments, bsn, gradient_ascent, identity_basis, keep_by, magnitude, matched_noise, mix_factors, npo, one_sided, order_scores, random_directions,
+from curvtools.baselines import (Moments, bsn, ekfac, gradient_ascent, identity_basis, keep_by, magnitude, matched_noise, mix_factors, npo, one_sided, order_scores, random_directions,
                                  random_pairs, second_moments, svd, union)
 from curvtools.data import Passage, Passages
 from curvtools.edit import Edit, Masked, Plan, Replaced
@@ -143,6 +143,59 @@ def test_moments_know_their_basis(tmp_path):
     with pytest.raises(ValueError, match='per must be'): second_moments(m, b, [ids(2)], per="token")
     with pytest.raises(ValueError, match="no data"): second_moments(m, b, [], progress=False)
     with pytest.raises(ValueError, match="another model"): second_moments(tiny("llama", seed=3), b, [ids(2)], progress=False)
+
+@pytest.mark.parametrize("labels", ["sample", "data"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_ekfac_in_one_pass_is_two_passes(name, labels):
+    "Same basis, same moments, to rounding of float64; half the forward passes."
+    m = tiny(name, torch.float64); x = [ids(3, 9, 1), ids(2, 6, 2), ids(1, 7, 3)]; kw = dict(labels=labels, seed=5, progress=False)
+    two_b = collect(m, x, targets="mlp", **kw).eigen(m, progress=False); two = second_moments(m, two_b, x, **kw)
+    before = state(m); calls = []; h = m.base_model.register_forward_hook(lambda *_: calls.append(1))
+    b, M = ekfac(m, x, **kw); h.remove()
+    assert len(calls) <= len(x) + 5 and same(before, state(m)) and not any(k._forward_hooks for k in m.modules())   # the batches, and the looks at the wiring
+    for k in two: assert torch.equal(b[k].UA, two_b[k].UA) and (M[k] - two[k]).norm() < 1e-12 * two[k].norm()
+    assert keep_by(b, "ekfac", rho=.8, moments=M).plan.keys() == b.keys()
+
+def test_ekfac_holds_no_more_than_it_may():
+    "The rows that are held fit, are the same positions in A and G, and give an estimate of the moments without bias."
+    m = tiny("llama", torch.float64); x = ids(40, 26, 4).split(5)
+    b, full = ekfac(m, x, labels="data", progress=False)
+    rows = 40 * 25; width = sum(len(e.lam) for e in b.values()) + sum({id(e.UA): len(e.mu) for e in b.values()}.values())
+    assert full.meta["rows"] == full.meta["of"] == rows
+    last = None
+    for part in (2, 4, 8):
+        _, M = ekfac(m, x, memory=8 * width * rows // part, labels="data", progress=False)
+        n = M.meta["rows"]
+        assert abs(n - rows / part) < 6 or abs(n - rows / part / 2) < 6                              # evenly spread: a half, or half of that
+        k = next(iter(M)); rec = float((M[k].sum() - full[k].sum()) / full[k].sum())
+        assert abs(rec) < 4 / n ** .5 and 8 * width * n <= 8 * width * rows // part and (last is None or n <= last); last = n
+    assert f"from {n:,} of 1,000 positions" in repr(M)
+
+def test_ekfac_keeps_rows_together_where_memory_runs_out():
+    "A batch that is cut in the middle of its backward pass: some sums hold it already, the others get it in halves."
+    m = tiny("llama", torch.float64); x = [ids(4, 9, 1), ids(4, 9, 2)]; kw = dict(labels="data", progress=False)
+    _, want = ekfac(m, x, **kw); fails = [True]
+    def short(g):
+        if g.shape[0] == 4 and len(fails) < 3: fails.append(True); raise torch.OutOfMemoryError("out of memory")
+    first = find_targets(m, "mlp")[0].name                                                          # the last one on the way down
+    h = m.get_submodule(first).register_full_backward_hook(lambda mod, gi, go: short(go[0]))
+    try: _, got = ekfac(m, x, **kw)
+    finally: h.remove()
+    assert len(fails) > 1
+    for k in want: assert (got[k] - want[k]).norm() < 1e-12 * want[k].norm()
+
+def test_ekfac_of_images():
+    m = tiny("vit", torch.float64); x = [tiny_inputs("vit", 3)]
+    for tokens in ("cls", "all"):
+        kw = dict(tokens=tokens, progress=False); b, M = ekfac(m, x, **kw); two = second_moments(m, b, x, **kw)
+        for k in two: assert (M[k] - two[k]).norm() < 1e-12 * two[k].norm()
+
+def test_ekfac_refuses():
+    m, x = made()[0], [ids(2)]
+    with pytest.raises(ValueError, match="collect and second_moments"): ekfac(m, x, labels="exact")
+    with pytest.raises(ValueError, match='"sample" or "data"'): ekfac(m, x, labels="gold")
+    with pytest.raises(ValueError, match="memory=0"): ekfac(m, x, memory=0)
+    with pytest.raises(ValueError, match="no data"): ekfac(m, [], progress=False)
 
 # ---------- orders and bases ----------
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -1088,6 +1088,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'curvtools.targets._literal': ('targets.html#_literal', 'curvtools/targets.py'),
                                    'curvtools.targets._matrix': ('targets.html#_matrix', 'curvtools/targets.py'),
                                    'curvtools.targets._misplaced': ('targets.html#_misplaced', 'curvtools/targets.py'),
+                                   'curvtools.targets._module': ('targets.html#_module', 'curvtools/targets.py'),
                                    'curvtools.targets._note': ('targets.html#_note', 'curvtools/targets.py'),
                                    'curvtools.targets._obstacle': ('targets.html#_obstacle', 'curvtools/targets.py'),
                                    'curvtools.targets._one': ('targets.html#_one', 'curvtools/targets.py'),

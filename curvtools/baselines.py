@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from .targets import block_list, find_targets, fingerprint, weight
+from .targets import block_list, find_targets, fingerprint, weight, _module
 from .data import Passage
 from .kfac import Factors, OuterSum, frozen, load_tensors, save_tensors, _check_notes, _Recorder, _batch, _batches, _check_finite, _check_ids, _collect, _result
 from .decompose import Basis, Eigen, check_weights, random_basis, residual, _noted, _one_of, _orthonormal, _pick, _same_weights, _share, _silent
@@ -441,6 +441,7 @@ def _nll(
     batch:dict, # of `_stack`
 ) -> tuple: # summed negative log-likelihood [B], tokens in it [B]
     "Loss of each sequence, differentiable in the weights."
+    for t in weights: _module(model, t.name)                      # an expert has none
     params = {f"{t.name}.weight": W if t.layout == "linear" else W.T for t, W in weights.items()}
     z = functional_call(model, params, (), dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)).logits[:, :-1]
     y = batch["labels"][:, 1:]                                    # [B, T-1]

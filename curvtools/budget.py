@@ -126,6 +126,9 @@ def agreement(first, # factors by name, of one half of the data: a mapping to th
             done[M.data_ptr()] = w.cpu(), (Q * (other.to(Q) @ Q)).sum(0).double().clamp(min=0).cpu()   # q^T M' q of every vector
         return done[M.data_ptr()]
     for name, f in first.items():
+        silent = [not (x.A.diagonal().any() and x.G.diagonal().any()) for x in (f, second[name])]
+        if all(silent): continue                                             # an expert that nobody asked
+        if any(silent): worst = 0.; continue                                 # one that only one half asked
         (lam, p), (mu, q) = side(f.G, second[name].G, f"G of {name}"), side(f.A, second[name].A, f"A of {name}")
         mask = staircase(lam, mu, rho=rho)
         worst = min(worst, _share_in(mask, p, q) / _share_in(mask, lam, mu))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .targets import find_targets, weight, write_weight
+from .targets import find_targets, weight, write_weight, _module
 from .data import Passage, Passages, Windows
 from .kfac import _unbroken
 from .decompose import Basis, _orthonormal, _pick
@@ -303,7 +303,7 @@ def _inputs(model:nn.Module, names:Iterable[str], see:Any):
     handles = []
     try:
         for n in names:
-            with _unbroken(): handles.append(model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True))
+            with _unbroken(): handles.append(_module(model, n).register_forward_pre_hook(hook(n), with_kwargs=True))
         yield
     finally:
         with _unbroken():

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from .targets import Target, find_targets, weight
+from .targets import Target, find_targets, weight, _module
 from .kfac import Factors, _batch, _batches, _check_finite, _collect, _image, _plain_attention, _text, collect, frozen
 from .decompose import Basis, Eigen, _orthonormal, check_weights, random_basis
 from .evaluate import _draws
@@ -65,7 +65,7 @@ class _BlockSum:
 class _Hooks(_MomentRecorder):
     "Hooks on one target that feed a sum of any kind."
     def __init__(self, model, target, total, per):
-        self.modules = {target.name: model.get_submodule(target.name)}
+        self.modules = {target.name: _module(model, target.name)}
         self.A, self.G = {}, {target.name: total}
         self.per, self.w, self.first, self.zero = per, None, True, {}
 
@@ -117,7 +117,7 @@ def _logits_of(model:nn.Module, t:Target, inputs:dict, at:Tensor):
 def _positions_of(model:nn.Module, t:Target, inputs:dict) -> int:
     "How many positions the matrix sees in a batch."
     seen = []
-    h = model.get_submodule(t.name).register_forward_hook(lambda m, args, out: seen.append(out.shape[:-1].numel()))
+    h = _module(model, t.name).register_forward_hook(lambda m, args, out: seen.append(out.shape[:-1].numel()))
     try:
         with torch.no_grad(): model(**inputs)
     finally: h.remove()

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .targets import Target, block_list, find_targets, fingerprint, weight, _read_target
+from .targets import Target, block_list, find_targets, fingerprint, weight, _module, _read_target
 
 # %% ../nbs/02_kfac.ipynb #634fdb71
 class OuterSum:
@@ -199,7 +199,7 @@ def _tapped(model, names):
         return f
     try:
         for n in names:
-            with _unbroken(): handles.append(model.get_submodule(n).register_forward_hook(hook(n), with_kwargs=True))
+            with _unbroken(): handles.append(_module(model, n).register_forward_hook(hook(n), with_kwargs=True))
         yield seen
     finally:
         with _unbroken():

@@ -471,6 +471,12 @@ def _part_of_stack(model, t):
         raise ValueError(f"{t.name} should be a matrix of [{t.d_out}, {t.d_in}] ({t.layout}), here the stack is {'missing' if p is None else list(p.shape)}")
     return p.detach()[t.expert]
 
+# %% ../nbs/00_targets.ipynb #a1e5c0de
+def _module(model, name):
+    "The module of that name. ValueError where it is one expert's part of a stacked parameter, whose inputs no hook can watch."
+    if name.endswith("]"): raise ValueError(f"{name} is one expert's part of a stacked parameter and no module of its own, so this cannot be had for it; leave the experts out (targets=\"attention\", blocks=..., or a list of names). What experts have: collect, eigen, keep, the random controls, svd and magnitude")
+    return model.get_submodule(name)
+
 # %% ../nbs/00_targets.ipynb #e2cfb7b9
 def weight(model:nn.Module, target:Target) -> Tensor: # W [d_out, d_in], a detached view
     "The matrix of a target in the orientation y = W x, without a copy."

@@ -4,6 +4,7 @@ Tolerance: float64 sums of a few hundred products in another order, 1e-8 relativ
 import json
 import signal
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from test_kfac import near, pad, sequences
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import curvtools.experts as ce
+from curvtools.budget import agreement
 from curvtools.decompose import Basis
 from curvtools.edit import Edit
 from curvtools.experts import experts_function, experts_seen, grouped_experts, segment_linear
@@ -311,3 +313,29 @@ def test_other_requests_that_make_no_sense(models):
     with pytest.raises(ValueError, match="not the weights"): basis.keep(rho=.5).apply(other)
     with pytest.raises(ValueError, match="should be a matrix of|no module"): basis.keep(rho=.5).apply(tiny("qwen3_moe"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("name", MOES)
+def test_what_watches_modules_refuses_experts_in_words(name):
+    "What needs a module's inputs says so before anything is done, and names the way out."
+    from curvtools.baselines import bsn, ekfac, npo
+    from curvtools.evaluate import bands
+    from curvtools.reading import inputs
+    from curvtools.sharpness import rows
+    m = tiny(name); x = torch.randint(3, 30, (8, 6)); ts = find_targets(m, "experts")
+    b = collect(m, [x], targets="experts", progress=False).eigen(m, progress=False)
+    for f in (lambda: bsn(m, x[:4], x[4:], targets="experts", epochs=1, progress=False), lambda: npo(m, x[:4], x[4:], targets="experts", epochs=1, progress=False),
+              lambda: bands(m, b, x[:4], x[4:], progress=False), lambda: inputs(m, ts[0], x[:4]), lambda: rows(m, x[:4], targets="experts", progress=False)):
+        with pytest.raises(ValueError, match=r"expert's part of a stacked parameter.*leave the experts out"): f()
+    with pytest.raises(ValueError, match="is an expert"): ekfac(m, [x], targets="experts", progress=False)
+
+
+def test_stop_with_experts_that_nobody_asks():
+    "Experts that neither half saw do not count; one that only one half saw keeps the run going."
+    m = tiny("mixtral"); x = torch.full((64, 6), 5)                          # one token: two experts of four a block
+    f = collect(m, x.split(1), targets="experts", progress=False, stop="converged")
+    assert any(v.count == 0 for v in f.values()) and .5 < f.meta["agreement"] <= 1.01
+    halves = [{n: SimpleNamespace(A=v.A, G=v.G) for n, v in f.items()} for _ in (0, 1)]
+    lone = next(n for n, v in f.items() if v.count)
+    halves[1][lone] = SimpleNamespace(A=torch.zeros_like(f[lone].A), G=torch.zeros_like(f[lone].G))
+    assert agreement(f, f) > .999 and agreement(*halves) == agreement(*halves[::-1]) == 0

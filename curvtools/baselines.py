@@ -8,7 +8,7 @@ __all__ = ['svd', 'Moments', 'second_moments', 'identity_basis', 'order_scores',
            'union', 'random_basis']
 
 # %% ../nbs/08_baselines.ipynb #801b61be
-import hashlib, math, weakref
+import contextlib, hashlib, math, weakref
 from collections.abc import Mapping
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .targets import block_list, find_targets, fingerprint, weight
 from .data import Passage
-from .kfac import Factors, frozen, load_tensors, save_tensors, _check_notes, _Recorder, _batch, _batches, _check_finite, _check_ids, _collect
+from .kfac import Factors, frozen, load_tensors, save_tensors, _check_notes, _Recorder, _batch, _batches, _check_finite, _check_ids, _collect, _peers
 from .decompose import Basis, Eigen, check_weights, random_basis, residual, _noted, _one_of, _orthonormal, _pick, _same_weights, _share, _silent
 from .edit import Edit, Masked, Plan, Replaced, _listed, _plain, _strengths
 
@@ -160,9 +160,10 @@ def second_moments(
     def done(model, targets, rec, prints, meta):
         if any(s.count == 0 for s in rec.G.values()): return None
         return Moments({n: s.mean() for n, s in rec.G.items()}, {n: _mark(basis[n]) for n in rec.G}, dict(meta, basis=basis.meta.get("basis", "kfac"), per=per))
-    stream, first, total = _batches(batches)
-    with frozen(model):
-        return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, "raise", lambda m, t, leader: _MomentRecorder(m, t, leader, basis, per), done)
+    peers = _peers()
+    with frozen(model), peers or contextlib.nullcontext():
+        stream, first, total = peers.batches(batches) if peers else _batches(batches)
+        return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, "raise", lambda m, t, leader: _MomentRecorder(m, t, leader, basis, per), done, peers=peers)
 
 # %% ../nbs/08_baselines.ipynb #d040a4c5
 def identity_basis(

@@ -185,7 +185,7 @@ def _same_group(path, model, group, kw):
     if prints != {t.name: fingerprint(model, t) for t in group} or any(meta.get(k) != kw.get(k, v) for k, v in dict(labels="sample", seed=0).items()): raise ValueError(f"{path} is of another model or other settings; use another folder")
     return True
 
-# %% ../nbs/26_scale.ipynb #af5468c0
+# %% ../nbs/26_scale.ipynb #6eee0b01
 def _open(path): from safetensors import safe_open; return safe_open(path, "pt")
 
 def _header(path, kind=Factors.kind):
@@ -199,6 +199,7 @@ def _header(path, kind=Factors.kind):
 
 def _verify(path):
     "The checksum of a file, one tensor in memory at a time; ValueError where it is damaged."
+    _header(path)
     with _open(path) as f:
         notes, c = f.metadata(), zlib.crc32(f.metadata()["meta"].encode())
         for k in sorted(f.keys()):

@@ -14,7 +14,7 @@ import torch
 from tiny import V, tiny
 
 from curvtools.kfac import Factors, collect
-from curvtools.scale import Shard, collect_in_groups, dealt, eigen_files, in_groups, shard
+from curvtools.scale import Shard, _dealt, _in_groups, collect_in_groups, eigen_files, shard
 from curvtools.targets import find_targets, weight
 
 TESTS = pathlib.Path(__file__).parent
@@ -211,13 +211,13 @@ def test_shard():
 
 def test_dealt():
     for costs, n in (([5, 4, 3, 3, 3], 2), ([1] * 7, 3), ([8], 4), ([], 2)):
-        who = dealt(costs, n); load = [sum(c for c, w in zip(costs, who) if w == r) for r in range(n)]
+        who = _dealt(costs, n); load = [sum(c for c, w in zip(costs, who) if w == r) for r in range(n)]
         assert max(load) <= 4 / 3 * max(sum(costs) / n, max(costs, default=0))
 
 
 def test_groups_in_one_process(tmp_path):
     model = tiny("llama"); one = collect(model, batches(), progress=False)
-    assert [len(g) for g in in_groups(find_targets(model), 1)] == [1] * 9 and len(in_groups(find_targets(model), 10**9)) == 1
+    assert [len(g) for g in _in_groups(find_targets(model), 1)] == [1] * 9 and len(_in_groups(find_targets(model), 10**9)) == 1
     paths = collect_in_groups(model, batches(), tmp_path, 8_000, progress=False)
     assert near({n: f for p in paths for n, f in Factors.load(p).items()}, one, 0)
     before = [p.stat().st_mtime_ns for p in paths]

@@ -662,24 +662,6 @@ def _check_finite(model, targets):
     for t in targets:
         if not torch.isfinite(weight(model, t)).all(): raise ValueError(f"the weights of {t.name} hold NaN or infinity; curvature of such a model means nothing: load it again")
 
-def _device(sums):
-    "The device that sums are kept on, with its index; None: that of each target."
-    try: return None if sums is None else torch.empty(0, device=sums).device
-    except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f"sums={sums!r} is no device of this machine ({e}); take \"cpu\", or None for the device of each target") from e
-
-def _entry(model):
-    "The device that a batch goes to: that of the first module with parameters of its own."
-    return _home(next(m for m in model.modules() if any(p is not None for p in m._parameters.values())))
-
-def _peers():
-    "The processes of a distributed run, None where there is but one."
-    import torch.distributed as dist
-    if dist.is_available() and dist.is_initialized():
-        from curvtools.scale import Peers
-        return Peers() if dist.get_world_size() > 1 else None
-    n = os.environ.get("WORLD_SIZE", "1")
-    if n.isdigit() and int(n) > 1 and "RANK" in os.environ: raise RuntimeError(f"this is process {os.environ['RANK']} of {n}, but they do not know of each other: call torch.distributed.init_process_group() first (accelerate.Accelerator() does), or let each collect by itself with alone=True")
-
 def _sums(rec): return [*rec.A.values(), *rec.G.values()]
 
 def _finite(rec):
@@ -704,6 +686,25 @@ def _result(model, targets, rec, prints, meta):
     if any(s.count == 0 for s in _sums(rec)): return None
     A = {n: s.mean() for n, s in rec.A.items()}
     return Factors({t.name: Factor(t, A[rec.leader[t.name]], rec.G[t.name].mean(), rec.G[t.name].count) for t in targets}, prints, meta, model)
+
+# %% ../nbs/02_kfac.ipynb #5c41e7d0
+def _device(sums):
+    "The device that sums are kept on, with its index; None: that of each target."
+    try: return None if sums is None else torch.empty(0, device=sums).device
+    except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f"sums={sums!r} is no device of this machine ({e}); take \"cpu\", or None for the device of each target") from e
+
+def _entry(model):
+    "The device that a batch goes to: that of the first module with parameters of its own."
+    return _home(next(m for m in model.modules() if any(p is not None for p in m._parameters.values())))
+
+def _peers():
+    "The processes of a distributed run, None where there is but one."
+    import torch.distributed as dist
+    if dist.is_available() and dist.is_initialized():
+        from curvtools.scale import Peers
+        return Peers() if dist.get_world_size() > 1 else None
+    n = os.environ.get("WORLD_SIZE", "1")
+    if n.isdigit() and int(n) > 1 and "RANK" in os.environ: raise RuntimeError(f"this is process {os.environ['RANK']} of {n}, but they do not know of each other: call torch.distributed.init_process_group() first (accelerate.Accelerator() does), or let each collect by itself with alone=True")
 
 # %% ../nbs/02_kfac.ipynb #c763895c
 def _drawn(prepared, labels, seed, seen):

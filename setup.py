@@ -8,8 +8,8 @@ here = pathlib.Path(__file__).parent
 ini = configparser.ConfigParser(delimiters=["="])
 ini.read(here/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-extras = {"gguf": cfg["gguf_requirements"].split(), "weightwatcher": cfg["weightwatcher_requirements"].split(), "lm-eval": cfg["lm_eval_requirements"].split()}
-extras["dev"] = cfg["dev_requirements"].split() + extras["gguf"] + extras["lm-eval"]
+extras = {"gguf": cfg["gguf_requirements"].split(), "accelerate": cfg["accelerate_requirements"].split(), "weightwatcher": cfg["weightwatcher_requirements"].split(), "lm-eval": cfg["lm_eval_requirements"].split()}
+extras["dev"] = cfg["dev_requirements"].split() + extras["gguf"] + extras["accelerate"] + extras["lm-eval"]
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"],

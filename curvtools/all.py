@@ -11,6 +11,7 @@ from .data import *
 from .kfac import *
 from .budget import *
 from .decompose import *
+from .scale import *
 from .edit import *
 from .recite import *
 from .evaluate import *
@@ -31,5 +32,5 @@ from .cli import load_model
 # %% ../nbs/99_all.ipynb #bd0e4004
 from importlib import import_module as _room
 
-rooms = ["targets", "data", "kfac", "budget", "decompose", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "reading", "sharpness", "fidelity", "spectra", "experts", "widgets", "vision", "zoo"]
+rooms = ["targets", "data", "kfac", "budget", "decompose", "scale", "edit", "recite", "evaluate", "tasks", "baselines", "sweep", "plots", "reading", "sharpness", "fidelity", "spectra", "experts", "widgets", "vision", "zoo"]
 __all__ = list(dict.fromkeys([name for room in rooms for name in _room(f"curvtools.{room}").__all__] + ["load_model"]))

@@ -8,7 +8,7 @@ __all__ = ['svd', 'Moments', 'second_moments', 'ekfac', 'identity_basis', 'order
            'union', 'random_basis']
 
 # %% ../nbs/08_baselines.ipynb #801b61be
-import hashlib, math, weakref
+import contextlib, hashlib, math, weakref
 from collections.abc import Mapping
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .targets import block_list, find_targets, fingerprint, weight, _module
 from .data import Passage
-from .kfac import Factors, OuterSum, frozen, load_tensors, save_tensors, _check_notes, _Recorder, _batch, _batches, _check_finite, _check_ids, _collect, _result
+from .kfac import Factors, OuterSum, frozen, load_tensors, save_tensors, _Recorder, _batch, _batches, _check_finite, _check_ids, _check_notes, _collect, _peers, _result
 from .decompose import Basis, Eigen, check_weights, random_basis, residual, _noted, _one_of, _orthonormal, _pick, _same_weights, _share, _silent
 from .edit import Edit, Masked, Plan, Replaced, _listed, _plain, _strengths
 
@@ -160,25 +160,26 @@ def second_moments(
     def done(model, targets, rec, prints, meta):
         if any(s.count == 0 for s in rec.G.values()): return None
         return Moments({n: s.mean() for n, s in rec.G.items()}, {n: _mark(basis[n]) for n in rec.G}, dict(meta, basis=basis.meta.get("basis", "kfac"), per=per))
-    stream, first, total = _batches(batches)
-    with frozen(model):
-        return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, "raise", lambda m, t, leader: _MomentRecorder(m, t, leader, basis, per), done)
+    peers = _peers()
+    with frozen(model), peers or contextlib.nullcontext():
+        stream, first, total = peers.batches(batches) if peers else _batches(batches)
+        return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, "raise", lambda m, t, leader: _MomentRecorder(m, t, leader, basis, per), done, peers=peers)
 
 # %% ../nbs/08_baselines.ipynb #ek0a1b02
 class _Holding(OuterSum):
     "An OuterSum that also holds its rows k with frac(k φ) < pool.share."
     def __init__(self, s:OuterSum, pool):
         super().__init__(len(s.sum), s.sum.dtype, s.sum.device)
-        self.pool, self.x, self.at = pool, [], []; pool.sums.append(self)
+        self.pool, self.x, self.at, self.own = pool, [], [], 0; pool.sums.append(self)
     def add(self, x:Tensor, n:int=None): # rows [n, d]
         if self.closed: return
-        at = torch.arange(self.count, self.count + len(x), dtype=torch.float64) * ((5**.5 - 1) / 2) % 1   # [n]
-        keep = at < self.pool.share
+        at = torch.arange(self.own, self.own + len(x), dtype=torch.float64) * ((5**.5 - 1) / 2) % 1   # [n]
+        keep, self.own = at < self.pool.share, self.own + len(x)
         super().add(x, n); self.x.append(x[keep.to(x.device)]); self.at.append(at[keep]); self.pool.fit()
     def thin(self):
         keep = [at < self.pool.share for at in self.at]
         self.x, self.at = [x[k.to(x.device)] for x, k in zip(self.x, keep)], [at[k] for at, k in zip(self.at, keep)]
-    def rows(self): self.thin(); return torch.cat(self.x)             # [kept, d]
+    def rows(self): self.thin(); return torch.cat([self.sum.new_zeros(0, len(self.sum)), *self.x])             # [kept, d]
 
 class _Pool:
     "A bound on the bytes that all rows of a collection take together, and the share of the positions that fits."
@@ -195,15 +196,18 @@ class _RowRecorder(_Recorder):
         super().__init__(model, targets, leader)
         self.A, self.G = ({n: _Holding(s, pool) for n, s in d.items()} for d in (self.A, self.G))
 
-def _moments_of(rec:_RowRecorder, basis:Basis, meta:dict) -> Moments:
-    "The moments of the rows that were held, 4,096 at a time."
-    out = {}
+def _moments_of(rec:_RowRecorder, basis:Basis, meta:dict, peers=None) -> Moments:
+    "The moments of the rows that were held, 4,096 at a time; those of all processes."
+    out, rows = {}, 0
     for n, e in basis.items():
         a, g = rec.A[rec.leader[n]].rows(), rec.G[n].rows()           # [kept, d_in], [kept, d_out]
-        s = _SquareSum(e, g, "position")
-        for i in range(0, len(a), 4096): s.add(a[i:i + 4096], g[i:i + 4096], len(a[i:i + 4096]))
-        out[n] = s.mean()
-    return Moments(out, {n: _mark(basis[n]) for n in out}, dict(meta, basis="kfac", per="position", rows=len(a), of=rec.G[n].count))
+        s, rows = _SquareSum(e, g, "position"), len(a)
+        for i in range(0, rows, 4096): s.add(a[i:i + 4096], g[i:i + 4096], len(a[i:i + 4096]))
+        total = s.sum * (rec.G[n].own / max(rows, 1))                 # [d_out, d_in], of all positions of this process
+        if peers: peers.add_up(total)
+        out[n] = total / rec.G[n].count
+    if peers: rows = sum(peers.all("rows", rows))
+    return Moments(out, {n: _mark(basis[n]) for n in out}, dict(meta, basis="kfac", per="position", rows=rows, of=rec.G[n].count))
 
 # %% ../nbs/08_baselines.ipynb #ek0a1b04
 def ekfac(
@@ -222,10 +226,12 @@ def ekfac(
     _check_finite(model, chosen)
     pool, kept = _Pool(int(memory)), []
     def done(model, targets, rec, prints, meta): kept[:] = rec, meta; return _result(model, targets, rec, prints, meta)
-    stream, first, total = _batches(batches)
-    with frozen(model): factors = _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, "raise", lambda m, t, leader: _RowRecorder(m, t, leader, pool), done)
-    basis = factors.eigen(model, progress=progress)
-    return basis, _moments_of(kept[0], basis, kept[1])
+    peers = _peers()
+    with frozen(model), peers or contextlib.nullcontext():
+        stream, first, total = peers.batches(batches) if peers else _batches(batches)
+        factors = _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, "raise", lambda m, t, leader: _RowRecorder(m, t, leader, pool), done, peers=peers)
+        basis = factors.eigen(model, progress=progress)
+        return basis, _moments_of(kept[0], basis, kept[1], peers)
 
 # %% ../nbs/08_baselines.ipynb #d040a4c5
 def identity_basis(

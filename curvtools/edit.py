@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from torch import Tensor
-from .targets import Target, fingerprint, weight, write_weight, _put_back, _read_target
+from .targets import Target, fingerprint, weight, write_weight, _check_writable, _put_back, _read_target
 from .decompose import Basis, Eigen, Staircase, check_weights, coefficients
 from .decompose import _block, _one_of, _pick
 from .kfac import _check_notes, _html_table, _table, _unbroken, load_tensors, save_tensors
@@ -121,7 +121,7 @@ def _in_place(edit, model) -> bool:
 def _check(edit, model, skip:bool):
     "Refuse, before anything is written, a model that the plans were not made for."
     seen = {}
-    for p in edit.plan.values(): weight(model, p.target)          # the right shapes, or an error that says so
+    for p in edit.plan.values(): weight(model, p.target); _check_writable(model, p.target)   # the right shapes, or an error that says so
     if not skip and _in_place(edit, model): raise ValueError(f"an edit is applied to this model already: this very one. Undo it first; or {_ways_out}")
     for name, p in edit.plan.items():
         if not skip: check_weights(model, p.target, p.fingerprint, _ways_out)

@@ -103,13 +103,13 @@ def _counted(w, path, x, rows, ends): # index of the rows that count, or None; e
 # %% ../nbs/19_experts.ipynb #34fd37de
 class _ExpertRecorder(_Recorder):
     "The recorder of `kfac` with an eye on the rows of each expert."
-    def __init__(self, model, targets, leader):
+    def __init__(self, model, targets, leader, sums=None):
         experts = [t for t in targets if t.role == "expert"]
-        super().__init__(model, [t for t in targets if t.role != "expert"], leader)
+        super().__init__(model, [t for t in targets if t.role != "expert"], leader, sums)
         self.leader, self.stacks, self.model = leader, {}, model
         for t in experts:
             W = weight(model, t)
-            self.A[t.name], self.G[t.name] = OuterSum(t.d_in, W.dtype, W.device), OuterSum(t.d_out, W.dtype, W.device)
+            self.A[t.name], self.G[t.name] = (OuterSum(d, W.dtype, sums or W.device) for d in (t.d_in, t.d_out))
             self.stacks.setdefault(_stack(t), {})[t.expert] = t.name
         self.A, self.G = ({t.name: d[t.name] for t in targets if t.name in d} for d in (self.A, self.G)) # in the model's order
         self.note = f"; {find_targets(model, list(targets)).coverage}"

@@ -10,6 +10,7 @@ __all__ = ['OuterSum', 'next_token_labels', 'row_uniforms', 'sample_labels', 'lo
 # %% ../nbs/02_kfac.ipynb #b9aa1225
 import contextlib
 import errno
+import functools
 import gc
 import glob
 import hashlib
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .targets import Target, block_list, find_targets, fingerprint, weight, _module, _read_target
+from .targets import Target, block_list, find_targets, fingerprint, weight, _home, _module, _read_target, _stored
 
 # %% ../nbs/02_kfac.ipynb #634fdb71
 class OuterSum:
@@ -46,7 +47,8 @@ class OuterSum:
             n:int=None): # how many positions they stand for; by default each row is one
         if self.closed: return                       # it holds these rows already
         x = x.to(self.sum.dtype)
-        self.sum.addmm_(x.T, x)                      # [d, d], in place
+        if x.device != self.sum.device: self.sum += (x.T @ x).to(self.sum.device)   # made where the rows are, kept elsewhere
+        else: self.sum.addmm_(x.T, x)                # [d, d], in place
         self.count += len(x) if n is None else n
     def mean(self): return self.sum / self.count     # [d, d]
 
@@ -109,7 +111,7 @@ def head_grad(head, # maps hidden states [n, d] to logits [n, V]
         part = slice(i, i + chunk)
         x = h[part].detach().requires_grad_()
         z = head(x)                                                          # [chunk, V]
-        r = logit_grad(z.detach(), *(None if t is None else t[part] for t in (y, u)))
+        r = logit_grad(z.detach(), *(None if t is None else t[part].to(z.device) for t in (y, u)))
         z.backward(r.to(z.dtype)); dh[part] = x.grad                         # [chunk, d]
     return dh
 
@@ -132,10 +134,10 @@ def _place(x): return x.untyped_storage()._cdata, x.storage_offset(), x.shape   
 
 class _Recorder:
     "Hooks on the targets: inputs into A on the way up, output gradients into G on the way down. A context manager."
-    def __init__(self, model, targets, leader=None):
+    def __init__(self, model, targets, leader=None, sums=None): # sums: the device they are kept on, None: that of the module
         self.modules = {t.name: model.get_submodule(t.name) for t in targets}
         self.leader = leader or {t.name: t.name for t in targets}    # who accumulates A for whom
-        acc = lambda t, d: OuterSum(d, self.modules[t.name].weight.dtype, self.modules[t.name].weight.device)
+        acc = lambda t, d: OuterSum(d, self.modules[t.name].weight.dtype, sums or _home(self.modules[t.name]))
         self.A = {t.name: acc(t, t.d_in) for t in targets if self.leader[t.name] == t.name}
         self.G = {t.name: acc(t, t.d_out) for t in targets}
         self.w, self.first, self.zero, self.last = None, True, {}, {}
@@ -177,14 +179,14 @@ class _Recorder:
 def frozen(model:nn.Module): # any module
     "Eval mode and no parameter that requires a gradient, inside; modes and flags exactly as before, outside."
     modes = [(m, m.training) for m in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    flags = [(m, n, p.requires_grad) for m in model.modules() for n, p in m._parameters.items() if p is not None]   # by name: where weights are offloaded each pass makes new ones
     try:
         model.eval(); model.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad(): yield model
     finally:
         with _unbroken():
             for m, training in modes: m.training = training
-            for p, flag in flags: p.requires_grad_(flag)
+            for m, n, flag in flags: m._parameters[n].requires_grad_(flag)
 
 # %% ../nbs/02_kfac.ipynb #7be0a6d4
 @contextlib.contextmanager
@@ -276,14 +278,15 @@ def _batch(b):
     if "input_ids" in b and b["input_ids"].dim() != 2: raise ValueError(f"a batch of shape {list(b['input_ids'].shape)}: token ids must be windows [B, T]; a single one is ids[None]" + ("; images go in as dict(pixel_values=...), see image_batches" if b["input_ids"].dim() == 4 else ""))
     return {k: v.long() if k in ("input_ids", "position_ids", "labels") and not v.is_floating_point() else v for k, v in b.items()}
 
-def _batches(batches):
-    "An iterator over dicts, and the total of positions where it is known."
+def _batches(batches, empty=False):
+    "An iterator over dicts, its first, and the total of positions where it is known; without a batch ValueError, or None for the first."
     if isinstance(batches, (str, bytes, Mapping)) or not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"): raise TypeError(f"batches must be an iterable of batches, not {type(batches).__name__}; make them from text with windows(text, tokenizer)")
     if torch.is_tensor(batches): batches = batches.split(8)
     total = getattr(batches, "tokens", None)
     if total is None and isinstance(batches, (list, tuple)): total = sum(_batch(b).get("input_ids", torch.empty(0)).numel() for b in batches) or None
     it = iter(batches)
     first = next(it, None)
+    if first is None and empty: return it, None, total
     if first is None: raise ValueError("no data: batches is empty, so there is nothing to estimate curvature from")
     return itertools.chain([first], it), _batch(first), total
 
@@ -303,7 +306,7 @@ def split_head(model:nn.Module, # a transformers model
         want, h = whole(**inputs), trunk(**inputs)
         if h.shape[-1] != head.in_features: return whole, lambda h: h, False
         got = head(h)
-    same = got.shape == want.shape and torch.equal(got.to(want.dtype), want)  # the same operations on the same numbers: to the bit
+    same = got.shape == want.shape and torch.equal(got.to(want), want)  # the same operations on the same numbers: to the bit
     return (trunk, head, True) if same else (whole, lambda h: h, False)
 
 # %% ../nbs/02_kfac.ipynb #58d35abe
@@ -610,7 +613,8 @@ def _hash(h, tensors):
 
 def _whose(model, targets, **how):
     "What must be equal for a snapshot to be gone on with."
-    weights = _hash(hashlib.blake2b(digest_size=8), [*model.parameters(), *model.buffers()]).hexdigest()
+    kept = [_stored(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n, _ in model.named_parameters()]
+    weights = _hash(hashlib.blake2b(digest_size=8), [*kept, *model.buffers()]).hexdigest()
     return dict(how, targets=[[t.name, t.d_out, t.d_in] for t in targets], dtype=str(next(model.parameters()).dtype), model=weights)
 
 @contextlib.contextmanager
@@ -683,6 +687,25 @@ def _result(model, targets, rec, prints, meta):
     A = {n: s.mean() for n, s in rec.A.items()}
     return Factors({t.name: Factor(t, A[rec.leader[t.name]], rec.G[t.name].mean(), rec.G[t.name].count) for t in targets}, prints, meta, model)
 
+# %% ../nbs/02_kfac.ipynb #5c41e7d0
+def _device(sums):
+    "The device that sums are kept on, with its index; None: that of each target."
+    try: return None if sums is None else torch.empty(0, device=sums).device
+    except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f"sums={sums!r} is no device of this machine ({e}); take \"cpu\", or None for the device of each target") from e
+
+def _entry(model):
+    "The device that a batch goes to: that of the first module with parameters of its own."
+    return _home(next(m for m in model.modules() if any(p is not None for p in m._parameters.values())))
+
+def _peers():
+    "The processes of a distributed run, None where there is but one."
+    import torch.distributed as dist
+    if dist.is_available() and dist.is_initialized():
+        from curvtools.scale import Peers
+        return Peers() if dist.get_world_size() > 1 else None
+    n = os.environ.get("WORLD_SIZE", "1")
+    if n.isdigit() and int(n) > 1 and "RANK" in os.environ: raise RuntimeError(f"this is process {os.environ['RANK']} of {n}, but they do not know of each other: call torch.distributed.init_process_group() first (accelerate.Accelerator() does), or let each collect by itself with alone=True")
+
 # %% ../nbs/02_kfac.ipynb #c763895c
 def _drawn(prepared, labels, seed, seen):
     "A batch with its random numbers: inputs, y, w, the positions with a label [B, S] or [B], and u of the same shape (None: labels of the data, or all)."
@@ -699,6 +722,7 @@ def _one_batch(rec, trunk, head, drawn, labels, chunk, n):
     if not counted.any(): return 0
     rec.w = None if torch.is_tensor(w) and w.all() else w                    # [B, S], or images: "cls" or "all"
     h = trunk(**inputs)                                                      # [B, S, d] or [B, C]
+    y, counted = y.to(h.device), counted.to(h.device)                        # the last device, where a model is spread over several
     if labels == "exact": _backward_exact(rec, head, h, y); return int(counted.sum())
     dh = torch.zeros_like(h)
     dh[counted] = head_grad(head, h[counted].detach(), None if labels == "sample" else y[counted], None if u is None else u.to(h.device)[counted], chunk)
@@ -722,9 +746,11 @@ def collect(model, # a transformers model, or the id or folder of a causal one
             on_nan:str="raise", # a batch that gives NaN or infinity: "raise", or "skip" it (at the price of a second copy of the sums)
             snapshot=None, # file to keep the sums in; the same call with the same file goes on where it was, to the bit
             every:int=1_000_000, # tokens (or images) between two snapshots
-            stop=None # "converged", or how far (.01) `curvtools.budget.agreement` may be from 1: end when even and odd batches agree; None: at the end of the data
+            stop=None, # "converged", or how far (.01) `curvtools.budget.agreement` may be from 1: end when even and odd batches agree; None: at the end of the data
+            sums=None, # the device the sums are kept on, e.g. "cpu" where the model's has no room; None: that of each target
+            alone:bool=False # in a distributed run: this process by itself, nothing is added up
            )->Factors: # `factors[name].A` [d_in, d_in], `.G` [d_out, d_out], float32 averages, and `.count`
-    "Gather the K-FAC factors of the targets in one pass (paper section 2; sums carry their counts). The model is left as found."
+    "Gather the K-FAC factors of the targets in one pass (paper section 2; sums carry their counts). The model is left as found. In a distributed run every process brings its part of the data (`curvtools.scale.shard`) and all get the same factors."
     if on_interrupt not in ("raise", "return"): raise ValueError(f'on_interrupt must be "raise" or "return", not {on_interrupt!r}')
     if on_nan not in ("raise", "skip"): raise ValueError(f'on_nan must be "raise" or "skip", not {on_nan!r}')
     if stop is not None and not (stop == "converged" or isinstance(stop, Real) and 0 < stop < 1): raise ValueError(f'stop must be "converged" or a tolerance between 0 and 1, not {stop!r}')
@@ -740,9 +766,11 @@ def collect(model, # a transformers model, or the id or folder of a causal one
     if outside: raise ValueError(f"{outside[0]} lies outside the blocks; collect works on the matrices inside them")
     _check_finite(model, chosen)
     if any(p.is_inference() for p in model.parameters()): raise ValueError("this model was made inside torch.inference_mode(), so nothing can flow back through it; load it outside of that")
-    stream, first, total = _batches(batches)
-    with frozen(model), _locked(pathlib.Path(snapshot)) if snapshot else contextlib.nullcontext():
-        return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt, on_nan=on_nan, snapshot=snapshot, every=every, stop=.01 if stop == "converged" else stop)
+    peers, sums = None if alone else _peers(), _device(sums)
+    if peers and snapshot: snapshot = peers.own(snapshot)
+    with frozen(model), peers or contextlib.nullcontext(), _locked(pathlib.Path(snapshot)) if snapshot else contextlib.nullcontext():
+        stream, first, total = peers.batches(batches) if peers else _batches(batches)
+        return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt, on_nan=on_nan, snapshot=snapshot, every=every, stop=.01 if stop == "converged" else stop, peers=peers, sums=sums)
 
 # %% ../nbs/02_kfac.ipynb #f5659e84
 class _Run:
@@ -820,8 +848,8 @@ def _same_data(run, goal, path):
     run.whole = True
 
 # %% ../nbs/02_kfac.ipynb #9fa6e7ef
-def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, progress, on_interrupt, recorder=_Recorder, result=_result, on_nan="raise", snapshot=None, every=0, stop=None):
-    device, accepts = next(model.parameters()).device, inspect.signature(getattr(model, "base_model", model).forward).parameters
+def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, progress, on_interrupt, recorder=_Recorder, result=_result, on_nan="raise", snapshot=None, every=0, stop=None, peers=None, sums=None):
+    device, accepts = _entry(model), inspect.signature(getattr(model, "base_model", model).forward).parameters
     prepare = lambda b: _text(b, model, device, accepts) if "input_ids" in b else _image(b, model, device, tokens, labels)
     small = prepare({k: v[:1, :5] if k != "pixel_values" and v.dim() > 1 else v[:1] for k, v in first.items() if torch.is_tensor(v)})[0]
     small.pop("attention_mask", None); small.pop("position_ids", None)       # a few tokens, to look at the model's wiring
@@ -835,23 +863,29 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     leader, kept, h = probe(model, trunk, small, targets)
     with torch.no_grad(): width = head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]
     chunk = chunk or max(64, 2**25 // width)
-    free = available_memory(device)
+    places = {sums} if sums else {_home(model.get_submodule(t.name)) for t in targets if t.expert is None}
+    free = {d: available_memory(d) for d in {device, *places}}
+    if sums: recorder = functools.partial(recorder, sums=sums)
     rec = recorder(model, targets, leader); run = _Run(rec, recorder(model, targets, leader) if stop else None, stop)
     about = _forecast(rec, first, small, kept, width, chunk, chunked)
-    _check_room(about, first, free, (on_nan == "skip") + bool(stop))
+    _check_room(about, rec, first, device, free, (on_nan == "skip") + bool(stop))
+    progress = progress and not (peers and peers.rank)
     if progress: print(_announce(about, targets) + getattr(rec, "note", ""))
     prints = {t.name: fingerprint(model, t) for t in targets}
-    finish = lambda: result(model, targets, run.together(), prints, dict(_meta(model, labels, seed, run.digest.hexdigest(), run.n, run.skipped, run.checks), **({} if "input_ids" in small else dict(tokens=tokens))))
+    if peers: peers.agree(prints, dict(labels=labels, seed=seed, tokens=tokens))
+    finish = lambda: result(model, targets, run.together(), prints, dict(_meta(model, labels, seed, run.digest.hexdigest(), run.n, run.skipped, run.checks), **({} if "input_ids" in small else dict(tokens=tokens)), **(dict(processes=peers.size) if peers else {})))
     path, whose = snapshot and pathlib.Path(snapshot), snapshot and _whose(model, targets, labels=labels, seed=seed, tokens=tokens, chunk=chunk, stop=stop)
     one = lambda drawn: _one_batch(rec, trunk, head, drawn, labels, chunk, run.read + 1)
     try:
         with rec, tqdm(total=total, unit=" tok", unit_scale=True, desc="collect", disable=not progress, delay=1) as bar:
             _passes(run, stream, bar, lambda b: _drawn(prepare(b), labels, seed, run.seen), one, on_nan == "skip", path, whose, every)
     except BaseException as e:
+        if peers and run.whole and on_interrupt == "return" and isinstance(e, KeyboardInterrupt): peers.reduce(run)
         part = finish() if run.whole and not isinstance(e, FloatingPointError) else None
         if isinstance(e, KeyboardInterrupt) and on_interrupt == "return" and part is not None: return part
         if not isinstance(e, FloatingPointError): e.partial = part
         raise
+    if peers: peers.reduce(run)
     if run.done == 0: raise ValueError("no label counts in any batch: every position is padding or masked with -100" if not run.skipped else f"all {len(run.skipped)} batches give NaN or infinity: look at the model's weights, or load it in float32")
     return finish()
 
@@ -868,7 +902,10 @@ def _announce(f, targets):
     at = sorted({t.block for t in targets})
     return f"collect: {len(targets)} targets in block{'s' * (len(at) > 1)} {', '.join(map(str, at)) if len(at) < 7 else f'{at[0]} to {at[-1]}'}, graph from {targets[0].name} upwards; {f}"
 
-def _check_room(f, first, free, copies):
-    "MemoryError where even one window at a time does not fit."
-    rows = len(first.get("input_ids", first.get("pixel_values")))
-    Forecast(f.factors * (1 + copies), f.activations // rows, f.logits // rows, f.positions // rows).check(free)
+def _check_room(f, rec, first, device, free, copies):
+    "MemoryError where even one window at a time does not fit: the sums on their devices, the rest on that of the model."
+    rows, held = len(first.get("input_ids", first.get("pixel_values"))), Counter()
+    for s in _sums(rec): held[s.sum.device] += s.sum.nbytes
+    for d, bytes in free.items():
+        act, logits = (f.activations // rows, f.logits // rows) if d == device else (0, 0)
+        Forecast(held[d] * (1 + copies), act, logits, f.positions // rows).check(bytes)

@@ -139,6 +139,7 @@ def _parts(projection, leaf, d_out, model_type="", heads=None, kv=None):
 # %% ../nbs/00_targets.ipynb #3b02d01c
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = {"FalconLinear"} # subclasses of Linear whose own forward computes W x + b all the same
+_SHARDED = "only a shard of the weight is in this process (FSDP or tensor parallelism); load the model whole in every process, or spread over the devices of one process with device_map"
 _QUANT = re.compile("4bit|8bit|gptq|awq|quantlinear|quantized|hqq|eetq|fp8|aqlm|bitlinear", re.I)
 
 def _layout(m):
@@ -154,12 +155,28 @@ def _wrapped(m):
     if packed or (_QUANT.search(cls) and hasattr(m, "weight")) or ".quantized." in type(m).__module__:
         return f"{cls}: quantised weights; load the model without quantisation"
 
+def _offload(m):
+    "The hook by which accelerate brings a module's weights from the CPU or a disk when they are needed, None if there is none."
+    hook = getattr(m, "_hf_hook", None)
+    return next((h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)), None)
+
+def _stored(m, name):
+    "A parameter of a module where it is kept: offloaded ones outside of it."
+    p, hook = m._parameters.get(name), _offload(m)
+    return hook.weights_map[name] if hook and p is not None and p.is_meta else p
+
+def _home(m):
+    "The device that a module computes on."
+    hook = _offload(m)
+    return torch.device(hook.execution_device) if hook else next(m.parameters()).device
+
 def _obstacle(m):
     "Why the weight of a linear map cannot be read and written, None if it can."
     cls, w = type(m).__name__, m._parameters.get("weight")
     if w is None: return f"{cls}: the weight is computed (a parametrization), not stored"
-    if w.is_meta: return "weights on the meta device: not loaded, or offloaded"
+    if w.is_meta and not _offload(m): return "weights on the meta device: not loaded"
     if w.dtype not in _FLOATS: return f"{cls}: quantised weights ({str(w.dtype)[6:]}); load the model without quantisation"
+    if hasattr(w, "full_tensor"): return f"{cls}: {_SHARDED}"
     if type(w) is not nn.Parameter or w.dim() != 2: return f"{cls}: the weight is a {type(w).__name__} {list(w.shape)}, not a plain matrix (sharded or packed?)"
     if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward and cls not in _PLAIN:
         return f"{cls}: a Linear with a forward of its own, perhaps more than W x + b"
@@ -192,6 +209,7 @@ def _stack_obstacle(m, also):
     for w in ws:
         if w is None: return f"{cls}: the stack of experts is computed or packed, not stored"
         if w.is_meta: return "weights on the meta device: not loaded, or offloaded"
+        if hasattr(w, "full_tensor"): return f"{cls}: {_SHARDED}"
         if w.dtype not in _FLOATS: return f"{cls}: quantised weights ({str(w.dtype)[6:]}); load the model without quantisation"
         if type(w) is not nn.Parameter or w.dim() != 3: return f"{cls}: the stack is a {type(w).__name__} {list(w.shape)}, not plain matrices (sharded or packed?)"
     (up, d), (d2, inner) = (_matrix(m, p) for p in _stacks(m))
@@ -456,7 +474,7 @@ def _param(model, t):
     if t.expert is not None: return _part_of_stack(model, t)
     try: m = model.get_submodule(t.name)
     except AttributeError as e: raise ValueError(f"the model has no module {t.name}; was the target found in another model?") from e
-    p = m._parameters.get("weight")
+    p = _stored(m, "weight")
     if p is None or tuple(p.shape) != ((t.d_out, t.d_in) if t.layout == "linear" else (t.d_in, t.d_out)):
         raise ValueError(f"{t.name} should store a weight of [{t.d_out}, {t.d_in}] ({t.layout}), here it is {'missing' if p is None else list(p.shape)}")
     return p
@@ -483,10 +501,16 @@ def weight(model:nn.Module, target:Target) -> Tensor: # W [d_out, d_in], a detac
     p = _param(model, target).detach()
     return p if target.layout in ("linear", "expert") else p.T
 
+def _check_writable(model, t):
+    "ValueError where a weight is read from a disk each time, so that what is written into it is lost."
+    m = model.get_submodule(t.name if t.expert is None else _stack(t).rpartition(".")[0])
+    if (hook := _offload(m)) and t.expert is None and hook.weights_map["weight"].data_ptr() != hook.weights_map["weight"].data_ptr(): raise ValueError(f"{t.name} is offloaded to a disk, where an edit would be lost; load the model with this block in memory (device_map, max_memory)")
+
 def write_weight(model:nn.Module, target:Target,
                  W:Tensor): # [d_out, d_in]; cast to the parameter's dtype and device
     "Copy W into the model, in place. ValueError if the shape is not the target's."
     if tuple(W.shape) != (target.d_out, target.d_in): raise ValueError(f"{target.name} is [{target.d_out}, {target.d_in}], got {list(W.shape)}")
+    _check_writable(model, target)
     with torch.no_grad(): weight(model, target).copy_(W)
 
 # %% ../nbs/00_targets.ipynb #7f05a005

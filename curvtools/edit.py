@@ -336,7 +336,7 @@ def _digest(path:Path) -> str:
     return h.hexdigest()
 
 def _versions() -> dict:
-    out = dict(python=platform.python_version())
+    out:dict = dict(python=platform.python_version())
     for p in ("curvtools", "torch", "transformers"):
         try: out[p] = version(p)
         except PackageNotFoundError: out[p] = None                # run from a source tree

@@ -381,6 +381,7 @@ def preview(edit:Any) -> dict: # kept, total, share, mass, energy, matrices
     return dict(kept=kept, total=total, share=kept/total, mass=mass, energy=energy, matrices=len(plans))
 
 def preview_html(d:dict) -> str: # HTML
+    "What `preview` found, in one sentence."
     n = f"{d['matrices']} matri{'x' if d['matrices'] == 1 else 'ces'}"
     if d["kept"] is None: return f"Would replace {n}" + ("." if math.isnan(d["share"]) else f" and keep <b>{d['share']:.1%}</b> of the rank.")
     more = "".join(f", {d[k]:.1%} of {w}" for k, w in (("mass", "the curvature mass"), ("energy", "|W|²")) if d[k] is not None)

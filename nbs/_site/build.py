@@ -105,7 +105,7 @@ def build(src=root/"_proc"/"site", out=root/"_docs", args=("-q",)):
     "Any warning is an error."
     write(pathlib.Path(src))
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])), HF_HUB_OFFLINE="1")
-    return subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-b", "html", "-c", here, "-d", f"{src}-doctrees", *args, src, out], env=env).returncode
+    return subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-b", "html", "-a", "-c", here, "-d", f"{src}-doctrees", *args, src, out], env=env).returncode
 
 
 if __name__ == "__main__": sys.exit(build(args=sys.argv[1:]))

@@ -4,6 +4,7 @@ import pathlib
 import re
 
 from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from fastcore.docments import docments
 from sphinx import addnodes
 
@@ -29,6 +30,7 @@ autodoc_class_signature = "mixed"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 add_module_names = False
+viewcode_follow_imported_members = False                    # a name stands where it is defined
 
 html_theme = "furo"
 html_title = f"{project} {release}"
@@ -36,6 +38,7 @@ html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_math_renderer = "mathml"                             # browsers draw it themselves, so that the site works offline
 highlight_language = "none"
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
@@ -70,6 +73,14 @@ def ancestors(node):
     while (node := node.parent) is not None: yield node
 
 
+def mathml(block):
+    def visit(self, node):
+        self.body.append(tex2mathml(re.sub(r"\\[bB]igg?[lr]?(?![a-z])", "", node.astext()), as_block=block))   # brackets grow by themselves
+        raise nodes.SkipNode
+    return visit, None
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", mathml(False), mathml(True))
     app.connect("autodoc-process-docstring", notes)
     app.connect("doctree-resolved", link)

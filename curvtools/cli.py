@@ -417,7 +417,7 @@ def _provenance(d:Demo) -> str:
     "Versions, seeds and fingerprints as a table."
     import platform
     rows = [[str(k), str(v)] for k, v in (d.factors.meta | d.settings).items()]
-    rows += [["python", platform.python_version()], ["threads", _threads()], ["seconds", f"{d.seconds:.1f}"], ["written", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())]]
+    rows += [["python", platform.python_version()], ["threads", str(_threads())], ["seconds", f"{d.seconds:.1f}"], ["written", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())]]
     prints = [[n, f] for n, f in d.factors.fingerprints.items()]
     return f'<div class=facts>{_html_table(["", ""], rows, "How it was run")}{_html_table(["matrix", "fingerprint of its bytes"], prints, "Which weights were edited and put back")}</div>'
 

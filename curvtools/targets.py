@@ -73,7 +73,7 @@ def _lists(model):
 def block_list(model:nn.Module) -> tuple: # (path of the list, list of its modules)
     "The model's list of blocks: the largest list of alike modules. `(None, [])` where there is none."
     found = _lists(model)
-    return (found[0][2], list(model.get_submodule(found[0][2]))) if found else (None, [])
+    return (found[0][2], list(model.get_submodule(found[0][2]))) if found else (None, [])  # type: ignore[call-overload]
 
 # %% ../nbs/00_targets.ipynb #a2dde713
 def _table(**kw): return {n: p for p, names in kw.items() for n in names.split()}

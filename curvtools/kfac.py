@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn

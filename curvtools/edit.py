@@ -191,15 +191,7 @@ class _Doing:
             with _unbroken():
                 try: handle._write(handle.original, handle.original)
                 finally: handle.active = False
-    def save(self, folder) -> Path: return save_edit(self, folder)
-    @classmethod
-    def load(cls, folder): return load_edit(folder)
-    def save_pretrained(self, model, folder, tokenizer=None) -> Path: return save_edited(self, model, folder, tokenizer)
     def __or__(self, other): return join(self, other)
-    def random(self, seed:int=0, model=None):
-        "The control: the same masks in random directions; see `curvtools.baselines.random_directions`."
-        from curvtools.baselines import random_directions
-        return random_directions(self, seed, model)
 
 # %% ../nbs/04_edit.ipynb #511b8336
 class Edit(_Doing):
@@ -217,6 +209,14 @@ class Edit(_Doing):
     def kept(self) -> float:
         "Fraction of pairs kept, over all edited targets; for SVD the fraction of rank; NaN where a weight is replaced."
         return _rank_kept(self.plan.values()) if self.method == "svd" else _pairs_kept(self.plan.values())
+    def save(self, folder) -> Path: return save_edit(self, folder)
+    @classmethod
+    def load(cls, folder): return load_edit(folder)
+    def save_pretrained(self, model, folder, tokenizer=None) -> Path: return save_edited(self, model, folder, tokenizer)
+    def random(self, seed:int=0, model=None):
+        "The control: the same masks in random directions; see `curvtools.baselines.random_directions`."
+        from curvtools.baselines import random_directions
+        return random_directions(self, seed, model)
     def _title(self): return f"Edit {self.method} ({_told(self.settings)}): {_what_stays(self)} of {len(self.plan)} targets"
     def __repr__(self): return f"{self._title()}\n{_table(*_plan_table(self))}"
     def _repr_html_(self): return _html_table(*_plan_table(self), self._title())

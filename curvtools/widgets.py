@@ -120,7 +120,7 @@ class _History:
     def targets(self) -> list: return [e.target for e in self.basis.values()]
     @property
     def curvature_data(self) -> Any: return self.playground.batches(some_of(self.playground.clean.tolist(), self.collect_on//8)) if self.kind == "vit" else _first(self.clean, self.collect_on)
-    def load(self, tell=lambda *a: None) -> "Session": _load(self, tell); return self
+    def load(self, tell=lambda *a: None) -> Any: _load(self, tell); return self
     @_in_lane
     def checksum(self) -> str: return checksum(self.model, self.targets)
     @_in_lane

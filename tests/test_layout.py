@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import curvtools
@@ -103,3 +104,22 @@ def test_versions_agree():
 def test_the_package_is_typed_and_its_settings_name_it():
     assert (ROOT/"curvtools"/"py.typed").exists() and "py.typed" in (ROOT/"setup.py").read_text()
     for extra in ("docs", "gguf", "weightwatcher", "lm_eval"): assert settings()[f"{extra}_requirements"].split()
+
+
+def test_the_wheel_holds_what_the_package_needs(tmp_path):
+    "Built from a copy, so that nothing is left here: every module, the bundled models, the Lab's notebook, the mark of a typed package, the command."
+    pytest.importorskip("setuptools", minversion="77")
+    for p in ("curvtools", "settings.ini", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md", "CITATION.cff"):
+        (shutil.copytree if (ROOT/p).is_dir() else shutil.copy)(ROOT/p, tmp_path/p)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path/"dist", tmp_path], check=True)
+    wheel, = (tmp_path/"dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as z:
+        names = set(z.namelist())
+        meta = z.read(next(n for n in names if n.endswith("METADATA"))).decode()
+        entry = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    want = {str(p.relative_to(ROOT)) for p in (ROOT/"curvtools").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert want <= names and "curvtools/py.typed" in names
+    assert not [n for n in names if n.startswith(("tests", "nbs"))]
+    assert "curvtools=curvtools.cli:main" in entry.replace(" ", "") and f"Version: {settings()['version']}" in meta
+    assert all(f"Provides-Extra: {x}" in meta for x in ("dev", "docs", "gguf", "lm-eval", "weightwatcher"))
+    assert wheel.stat().st_size < 16_000_000

@@ -3,6 +3,7 @@ import configparser
 import pathlib
 import re
 
+import curvtools.all
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from fastcore.docments import docments
@@ -24,8 +25,8 @@ nb_mime_priority_overrides = [("html", "text/html", 0)]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 4
 
-autodoc_default_options = {"members": True, "member-order": "bysource",
-                           "inherited-members": "dict, list, tuple, float, Mapping, Module, VBox, TorchDispatchMode, object"}   # of our own bases only
+foreign = {c.__name__ for x in vars(curvtools.all).values() if isinstance(x, type) for c in x.__mro__ if not c.__module__.startswith("curvtools")}
+autodoc_default_options = {"members": True, "member-order": "bysource", "inherited-members": ",".join(sorted(foreign))}   # inherited, but from our own bases only
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 python_use_unqualified_type_names = True

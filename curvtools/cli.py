@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/14_cli.ipynb #6e372e25
 _vocabularies = "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model tekken.json".split()
@@ -212,9 +213,9 @@ class Demo:
     rows: list       # dicts with method, strict, loose, lev, ppl, kept and more; baseline first
     gates: list      # dicts with name, value, passed
     settings: dict   # how it was run
-    pg: object       # the playground
-    factors: object  # Factors
-    basis: object    # Basis
+    pg: Any          # the playground
+    factors: Any     # Factors
+    basis: Any       # Basis
     edits: dict      # method -> Edit
     recited: dict    # method -> Recitation of passages seen 64 times or more
     tiers: dict      # "baseline" and "kfac" -> {times seen: (n, strict, interval)}
@@ -416,7 +417,7 @@ def _provenance(d:Demo) -> str:
     "Versions, seeds and fingerprints as a table."
     import platform
     rows = [[str(k), str(v)] for k, v in (d.factors.meta | d.settings).items()]
-    rows += [["python", platform.python_version()], ["threads", _threads()], ["seconds", f"{d.seconds:.1f}"], ["written", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())]]
+    rows += [["python", platform.python_version()], ["threads", str(_threads())], ["seconds", f"{d.seconds:.1f}"], ["written", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())]]
     prints = [[n, f] for n, f in d.factors.fingerprints.items()]
     return f'<div class=facts>{_html_table(["", ""], rows, "How it was run")}{_html_table(["matrix", "fingerprint of its bytes"], prints, "Which weights were edited and put back")}</div>'
 

@@ -187,7 +187,7 @@ class Passages(list):
         return Passages(p for p in self if (kind is None or p.kind == kind) and (tier is None or p.tier == tier)
                         and (min_tier is None or p.tier >= min_tier) and (label is None or p.label == label))
     def __getitem__(self, i): return Passages(super().__getitem__(i)) if isinstance(i, slice) else super().__getitem__(i)
-    def __add__(self, other:Iterable[Passage]) -> "Passages": return Passages([*self, *other])
+    def __add__(self, other:Iterable[Passage]) -> "Passages": return Passages([*self, *other])  # type: ignore[override]
     def __repr__(self) -> str:
         if not self: return "Passages: none"
         size = lambda xs: f"{min(xs)}" if min(xs) == max(xs) else f"{min(xs)}-{max(xs)}"
@@ -209,7 +209,7 @@ def _encode_pair(tokenizer:Any, prefix:str, suffix:str) -> tuple: # (prefix ids,
 def _parse(row:Any, tokenizer:Any, prefix:int, suffix:int) -> tuple: # (prefix ids, suffix ids)
     "The two parts of one JSON object."
     if not isinstance(row, dict): raise ValueError(f"a JSON object is expected, not {type(row).__name__}.")
-    pair, whole = [row.get("prefix"), row.get("suffix")], row.get("ids", row.get("text"))
+    pair:list = [row.get("prefix"), row.get("suffix")]; whole:Any = row.get("ids", row.get("text"))
     is_pair = None not in pair
     parts = pair if is_pair else [whole]
     if None in parts: raise ValueError(f"needs 'prefix' and 'suffix', or 'ids', or 'text'; there is {list(row)}.")

@@ -14,6 +14,7 @@ from fractions import Fraction
 from itertools import accumulate
 from numbers import Rational
 from pathlib import Path
+from typing import Callable
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -339,10 +340,10 @@ class Eigen:
     mu:Tensor # eigenvalues of A, float64, descending, >= 0 [d_in]
     residual_G:float=0.; residual_A:float=0. # |QᵀMQ - diag| / |M|
     clipped_G:float=0.; clipped_A:float=0. # share of the spectrum that was negative and set to 0
-    fingerprint:str=None # of the weight the factors were made from
-    _model:object=field(default=lambda: None) # weak reference to the model
+    fingerprint:str|None=None # of the weight the factors were made from
+    _model:Callable=field(default=lambda: None) # weak reference to the model
     _force:bool=False # do not compare fingerprints
-    _C:Tensor=None
+    _C:Tensor|None=None
     @property
     def mass(self) -> float: return float(self.lam.sum() * self.mu.sum())
     @property

@@ -47,7 +47,7 @@ class Plan:
     @property
     def pairs(self): return self.staircase                        # what stays; `Masked` has `Pairs` here
     @property
-    def fingerprint(self) -> str: return self.eigen.fingerprint   # of the weight it was made for
+    def fingerprint(self) -> str|None: return self.eigen.fingerprint   # of the weight it was made for
     @property
     def mass_share(self) -> float|None: return self.eigen.mass_share(self.staircase)
     @property
@@ -173,21 +173,8 @@ class Applied:
     def __repr__(self): return f"Applied({self.edit._title()}; {'active' if self.active else 'undone'})"
 
 # %% ../nbs/04_edit.ipynb #7bfef0d7
-class Edit:
-    "A plan: which pairs of which weights stay. It changes nothing until it is applied."
-    def __init__(self,
-        plan:dict, # name -> Plan
-        method:str="kfac", # which basis: kfac, random, svd ...
-        settings:dict=None, # how it was asked for
-        meta:dict=None, # what the basis knows about itself
-    ):
-        if not plan: raise ValueError("an edit needs at least one target")
-        self.plan, self.method, self.settings, self.meta = dict(plan), method, dict(settings or {}), dict(meta or {})
-        self.result = {}                                          # fingerprints after it was applied, once it has been
-    @property
-    def kept(self) -> float:
-        "Fraction of pairs kept, over all edited targets; for SVD the fraction of rank; NaN where a weight is replaced."
-        return _rank_kept(self.plan.values()) if self.method == "svd" else _pairs_kept(self.plan.values())
+class _Doing:
+    "What can be done with a plan."
     def apply(self, model, force:bool=False, stack:bool=False) -> Applied:
         "Edit the model's weights; the handle's `undo()` restores the bytes. ValueError for a model the factors were not made from."
         handle = Applied(self, model, force, stack)
@@ -204,11 +191,28 @@ class Edit:
             with _unbroken():
                 try: handle._write(handle.original, handle.original)
                 finally: handle.active = False
+    def __or__(self, other): return join(self, other)
+
+# %% ../nbs/04_edit.ipynb #511b8336
+class Edit(_Doing):
+    "A plan: which pairs of which weights stay. It changes nothing until it is applied."
+    def __init__(self,
+        plan:dict, # name -> Plan
+        method:str="kfac", # which basis: kfac, random, svd ...
+        settings:dict=None, # how it was asked for
+        meta:dict=None, # what the basis knows about itself
+    ):
+        if not plan: raise ValueError("an edit needs at least one target")
+        self.plan, self.method, self.settings, self.meta = dict(plan), method, dict(settings or {}), dict(meta or {})
+        self.result = {}                                          # fingerprints after it was applied, once it has been
+    @property
+    def kept(self) -> float:
+        "Fraction of pairs kept, over all edited targets; for SVD the fraction of rank; NaN where a weight is replaced."
+        return _rank_kept(self.plan.values()) if self.method == "svd" else _pairs_kept(self.plan.values())
     def save(self, folder) -> Path: return save_edit(self, folder)
     @classmethod
     def load(cls, folder): return load_edit(folder)
     def save_pretrained(self, model, folder, tokenizer=None) -> Path: return save_edited(self, model, folder, tokenizer)
-    def __or__(self, other): return join(self, other)
     def random(self, seed:int=0, model=None):
         "The control: the same masks in random directions; see `curvtools.baselines.random_directions`."
         from curvtools.baselines import random_directions
@@ -336,7 +340,7 @@ def _digest(path:Path) -> str:
     return h.hexdigest()
 
 def _versions() -> dict:
-    out = dict(python=platform.python_version())
+    out:dict = dict(python=platform.python_version())
     for p in ("curvtools", "torch", "transformers"):
         try: out[p] = version(p)
         except PackageNotFoundError: out[p] = None                # run from a source tree
@@ -410,6 +414,7 @@ def _counted(p, t:dict, path:Path):
     if p.pairs.kept != t["kept"]: raise ValueError(f"{path} says that {t['kept']} pairs of {p.target.name} stay, but {p.pairs.kept} do")
     return p
 
+# %% ../nbs/04_edit.ipynb #ae89ac07
 def _check_settings(s, depth:int=0):
     "ValueError unless these are settings, or some that were joined."
     if not isinstance(s, dict) or depth > 50 or not isinstance(s.get("joined", []), list): raise ValueError("its settings are damaged")

@@ -56,6 +56,7 @@ def _exp(x:Any) -> float: return torch.as_tensor(x, dtype=torch.float64).exp().i
 # %% ../nbs/06_evaluate.ipynb #851f897b
 class Perplexity(float):
     "exp(total NLL / scored tokens), with the sums it came from."
+    window_nll:Tensor; window_tokens:Tensor; window:int|str; batches:list|None
     def __new__(cls,
         window_nll:Tensor, # summed NLL of each window [n], nats
         window_tokens:Tensor, # scored tokens of each window [n]
@@ -200,6 +201,7 @@ def _gains(mine:Tensor, base:Tensor, paper:bool=False) -> Tensor: # float64 [S],
 # %% ../nbs/06_evaluate.ipynb #e0450d0f
 class NDCG(float):
     "Mean nDCG@k over scored positions, with the sums of each window that it came from."
+    window_gain:Tensor; window_tokens:Tensor; k:int; paper:bool
     def __new__(cls,
         window_gain:Tensor, # summed nDCG of each window [n]
         window_tokens:Tensor, # scored positions of each window [n]

@@ -287,7 +287,7 @@ class Fidelity:
     diagonals:dict # name -> curvature of each component, float64: [d_out, d_in], or [K] of the sampled ones
     n:int # items
     fraction:float # kept, for "same kept"
-    pairs:list=None # of sampled components; None: all
+    pairs:list|None=None # of sampled components; None: all
     extra:dict=field(default_factory=dict) # of sampled ones: off-diagonal mass
     def __getitem__(self, name) -> dict: # a row; KeyError that says which there are
         if name not in self.diagonals: raise KeyError(f"there is no {name!r}; there are {', '.join(self.diagonals)}")

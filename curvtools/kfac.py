@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -250,6 +251,7 @@ def _text(batch, model, device, accepts):
     has_next = real & (real.flip(1).cumsum(1).flip(1) > 1)                   # real tokens but the last of each row
     return inputs, y, w, ids, (real, has_next)
 
+# %% ../nbs/02_kfac.ipynb #53bb1219
 def _check_images(x, model):
     "ValueError where x [B, C, H, W] cannot be what this classifier reads."
     channels, most = getattr(getattr(model, "config", None), "num_channels", None), x.abs().max().item() if x.numel() else 0
@@ -346,7 +348,7 @@ class Forecast:
         s = f"will hold {b(self.factors)} of factors, about {b(self.activations)} of activations and {b(self.logits)} of logits for a batch of {self.positions:,} positions"
         return s + (f"; {b(self.peak)} at the peak beside the model's {b(self.model)}; {self.flops / self.positions / 1e9:.3g} GFLOP a position" if self.flops else "")
 
-def available_memory(device="cpu")->int: # bytes; None where it is not known
+def available_memory(device="cpu")->int|None: # bytes; None where it is not known
     "Memory that is free on a device; on a CPU with what the system and the container say (Linux)."
     device = torch.device(device)
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -464,6 +466,7 @@ def save_tensors(path, # file to write
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
+# %% ../nbs/02_kfac.ipynb #ecad1b89
 def load_tensors(path, # file to read
                  kind:str # what it must be
                 )->tuple[dict, dict]: # tensors, meta
@@ -478,6 +481,7 @@ def load_tensors(path, # file to read
 class Factors(Mapping):
     "K-FAC factors by target name: `factors[name].A` [d_in, d_in], `.G` [d_out, d_out], `.count`; also `factors[block, projection]` and, of an expert, `factors[block, projection, index]`."
     kind = "curvtools.factors/1"
+    save:Any; load:Any; __add__:Any; __mul__:Any; __rmul__:Any; _repr_html_:Any      # further down
     def __init__(self, factors:dict, # name -> Factor; targets that share an input share the tensor A
                  fingerprints:dict, # name -> fingerprint of the weight the factor belongs to
                  meta:dict, # model, data, labels, seed, versions

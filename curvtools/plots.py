@@ -166,7 +166,7 @@ def _baseline(rows:Sequence[dict]) -> dict:
     raise ValueError(f"tradeoff needs a row with method 'baseline' to compare with; there is {[r['method'] for r in rows]}")
 
 # %% ../nbs/10_plots.ipynb #5c425a9f
-def _error(value:float, interval:Sequence, scale:float) -> list|None: # [[below], [above]]
+def _error(value:float, interval:Sequence|None, scale:float) -> list|None: # [[below], [above]]
     "Error bars from an interval, or None."
     if not interval: return None
     lo, hi = interval

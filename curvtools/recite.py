@@ -251,7 +251,7 @@ def _html_table(rows:list, note:str="") -> str:
 # %% ../nbs/05_recite.ipynb #b2bde1ad
 class _Rates:
     "Averages over rows of scores, and their intervals."
-    def __init__(self, passages:Passages, rows:list, generated:bool=True, tokens:list=(), sampler:dict|None=None):
+    def __init__(self, passages:Passages, rows:list, generated:bool=True, tokens:Any=(), sampler:dict|None=None):
         self.passages, self.rows, self.generated, self.tokens, self.sampler = passages, rows, generated, tokens, sampler or dict(temperature=1., top_k=None)
     def _mean(self, name:str) -> float: return float("nan") if self.rows[0][name] is None else sum(r[name] for r in self.rows)/self.n
     n = property(lambda self: len(self.rows))

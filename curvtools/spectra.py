@@ -9,6 +9,7 @@ __all__ = ['mp_support', 'mp_density', 'mp_middle', 'bulk_variance', 'noise_edge
 # %% ../nbs/18_spectra.ipynb #2ef2e151
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ def fit_tail(
     x = torch.as_tensor(values).detach().double().flatten().sort().values
     x = x[x > 0]
     if len(x) < 10 or not bool(torch.isfinite(x).all()) or x[0] == x[-1]: raise ValueError(f"A tail needs at least ten different positive numbers, these are {len(x)}" + (", not all finite." if len(x) >= 10 else "."))
-    best, logs = None, x.log()
+    best:Any = None; logs = x.log()
     for i in range(len(x) - max(least, 2) + 1):
         n, s = len(x) - i, float((logs[i:] - logs[i]).sum())
         if s <= 0 or i and x[i] == x[i - 1]: continue

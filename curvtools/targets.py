@@ -73,7 +73,7 @@ def _lists(model):
 def block_list(model:nn.Module) -> tuple: # (path of the list, list of its modules)
     "The model's list of blocks: the largest list of alike modules. `(None, [])` where there is none."
     found = _lists(model)
-    return (found[0][2], list(model.get_submodule(found[0][2]))) if found else (None, [])
+    return (found[0][2], list(model.get_submodule(found[0][2]))) if found else (None, [])  # type: ignore[call-overload]
 
 # %% ../nbs/00_targets.ipynb #a2dde713
 def _table(**kw): return {n: p for p, names in kw.items() for n in names.split()}
@@ -136,6 +136,22 @@ def _parts(projection, leaf, d_out, model_type="", heads=None, kv=None):
     q, k = heads*h, (heads + kv)*h
     return (("q", ((0, q),)), ("k", ((q, k),)), ("v", ((k, d_out),)))
 
+# %% ../nbs/00_targets.ipynb #0ff10ad5
+def _offload(m):
+    "The hook by which accelerate brings a module's weights from the CPU or a disk when they are needed, None if there is none."
+    hook = getattr(m, "_hf_hook", None)
+    return next((h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)), None)
+
+def _stored(m, name):
+    "A parameter of a module where it is kept: offloaded ones outside of it."
+    p, hook = m._parameters.get(name), _offload(m)
+    return hook.weights_map[name] if hook and p is not None and p.is_meta else p
+
+def _home(m):
+    "The device that a module computes on."
+    hook = _offload(m)
+    return torch.device(hook.execution_device) if hook else next(m.parameters()).device
+
 # %% ../nbs/00_targets.ipynb #3b02d01c
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = {"FalconLinear"} # subclasses of Linear whose own forward computes W x + b all the same
@@ -154,21 +170,6 @@ def _wrapped(m):
     packed = any(hasattr(m, a) for a in ("qweight", "_packed_params", "weight_packed"))
     if packed or (_QUANT.search(cls) and hasattr(m, "weight")) or ".quantized." in type(m).__module__:
         return f"{cls}: quantised weights; load the model without quantisation"
-
-def _offload(m):
-    "The hook by which accelerate brings a module's weights from the CPU or a disk when they are needed, None if there is none."
-    hook = getattr(m, "_hf_hook", None)
-    return next((h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)), None)
-
-def _stored(m, name):
-    "A parameter of a module where it is kept: offloaded ones outside of it."
-    p, hook = m._parameters.get(name), _offload(m)
-    return hook.weights_map[name] if hook and p is not None and p.is_meta else p
-
-def _home(m):
-    "The device that a module computes on."
-    hook = _offload(m)
-    return torch.device(hook.execution_device) if hook else next(m.parameters()).device
 
 def _obstacle(m):
     "Why the weight of a linear map cannot be read and written, None if it can."

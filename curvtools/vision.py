@@ -161,6 +161,7 @@ class VisionScores:
         d = self.right.double() - before.right.double()                          # [heldout], -1, 0 or 1
         return (d.mean().item(), *bootstrap(d))
 
+# %% ../nbs/12_vision.ipynb #39d2029a
 def vision_scores(
     model:nn.Module, # an image classifier
     images:Tensor, # uint8 [N, 28, 28]
@@ -248,6 +249,7 @@ def _read_notes(path:Path, **kinds:type) -> dict:
     if not isinstance(keeps, list) or not all(isinstance(x, dict) for x in (plan.get("collect", {}), *keeps)): raise ValueError(f"{path} has a plan that is none.")
     return d
 
+# %% ../nbs/12_vision.ipynb #00d60226
 def _vit_data(path:Path, classes:int) -> dict:
     "Images and labels of a folder, checked against each other."
     d = _read_safetensors(path)[1]; whole = (torch.uint8, torch.int16, torch.int32, torch.int64)

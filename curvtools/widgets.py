@@ -110,7 +110,40 @@ class State:
     preview:dict=field(default_factory=dict)
 
 # %% ../nbs/11_widgets.ipynb #da7d0fc0
-class Session:
+class _History:
+    "What can be done with a session once it holds a model: look, edit, go back and forth."
+    @property
+    def now(self) -> State: return self.states[self.at]
+    @property
+    def active(self) -> bool: return self.handle is not None
+    @property
+    def targets(self) -> list: return [e.target for e in self.basis.values()]
+    @property
+    def curvature_data(self) -> Any: return self.playground.batches(some_of(self.playground.clean.tolist(), self.collect_on//8)) if self.kind == "vit" else _first(self.clean, self.collect_on)
+    def load(self, tell=lambda *a: None) -> Any: _load(self, tell); return self
+    @_in_lane
+    def checksum(self) -> str: return checksum(self.model, self.targets)
+    @_in_lane
+    def look(self, questions:bool=True, quick:bool=False): return _look(self, questions, quick)
+    def apply(self, spec, control=True, questions=True, step=lambda *a: None, quick=False): return _apply(self, spec, control, questions, step, quick)
+    @_in_lane
+    def goto(self, k:int): _goto(self, k)
+    def undo(self): _travel(self, self.back, self.ahead, "undo: this is where it began")
+    def redo(self): _travel(self, self.ahead, self.back, "redo: nothing was undone")
+    def reset(self): self.goto(0)
+    @contextmanager
+    def original(self):
+        "The original weights inside, whatever is in place outside."
+        with self.lock:
+            if (h := self.handle) is not None: h.undo()
+            try: yield
+            finally:
+                if h is not None: h.redo()
+    @_in_lane
+    def continuations(self, passage) -> tuple: return _continuations(self, passage)
+
+# %% ../nbs/11_widgets.ipynb #fffa0343
+class Session(_History):
     "A model, its data, its curvature and the history of edits, behind one lock. Knows nothing of widgets."
     def __init__(self,
         playground:Any=None, # of either kind; what is given by name comes first
@@ -136,35 +169,6 @@ class Session:
         self.size = sum(p.numel() for p in self.model.parameters())
         self.seen = next((t for t in sorted({p.tier for p in self.memorized}) if t >= 64), 0)  # measured on passages seen at least so often
         self.sample = _sample(self, self.seen)
-    @property
-    def now(self) -> State: return self.states[self.at]
-    @property
-    def active(self) -> bool: return self.handle is not None
-    @property
-    def targets(self) -> list: return [e.target for e in self.basis.values()]
-    @property
-    def curvature_data(self) -> Any: return self.playground.batches(some_of(self.playground.clean.tolist(), self.collect_on//8)) if self.kind == "vit" else _first(self.clean, self.collect_on)
-    def load(self, tell=lambda *a: None) -> "Session": _load(self, tell); return self
-    @_in_lane
-    def checksum(self) -> str: return checksum(self.model, self.targets)
-    @_in_lane
-    def look(self, questions:bool=True, quick:bool=False): return _look(self, questions, quick)
-    def apply(self, spec, control=True, questions=True, step=lambda *a: None, quick=False): return _apply(self, spec, control, questions, step, quick)
-    @_in_lane
-    def goto(self, k:int): _goto(self, k)
-    def undo(self): _travel(self, self.back, self.ahead, "undo: this is where it began")
-    def redo(self): _travel(self, self.ahead, self.back, "redo: nothing was undone")
-    def reset(self): self.goto(0)
-    @contextmanager
-    def original(self):
-        "The original weights inside, whatever is in place outside."
-        with self.lock:
-            if (h := self.handle) is not None: h.undo()
-            try: yield
-            finally:
-                if h is not None: h.redo()
-    @_in_lane
-    def continuations(self, passage) -> tuple: return _continuations(self, passage)
     def __repr__(self): return f"Session: {type(self.model).__name__}, " + ("no curvature yet" if self.basis is None else f"{len(self.basis)} matrices") + f", {len(self.states)} states, now {self.now.name!r}"
 
 # %% ../nbs/11_widgets.ipynb #de7fb554
@@ -381,6 +385,7 @@ def preview(edit:Any) -> dict: # kept, total, share, mass, energy, matrices
     return dict(kept=kept, total=total, share=kept/total, mass=mass, energy=energy, matrices=len(plans))
 
 def preview_html(d:dict) -> str: # HTML
+    "What `preview` found, in one sentence."
     n = f"{d['matrices']} matri{'x' if d['matrices'] == 1 else 'ces'}"
     if d["kept"] is None: return f"Would replace {n}" + ("." if math.isnan(d["share"]) else f" and keep <b>{d['share']:.1%}</b> of the rank.")
     more = "".join(f", {d[k]:.1%} of {w}" for k, w in (("mass", "the curvature mass"), ("energy", "|W|²")) if d[k] is not None)
@@ -436,6 +441,7 @@ def _guard(p, what:str, f:Callable) -> Callable:
         finally: s.lock.release()
     return callback
 
+# %% ../nbs/11_widgets.ipynb #f55ed9de
 def _in_worker(p, f:Callable) -> None:
     "What a callback does, where Cancel can stop it; what was not drawn then is drawn when the panel is seen again."
     s, p.stale = p.session, True
@@ -502,6 +508,7 @@ def _start(p, what:str, f:Callable) -> None:
     s.thread = threading.Thread(target=work, daemon=True, name=f"curvtools: {what}")
     s.thread.start()
 
+# %% ../nbs/11_widgets.ipynb #537dbdee
 def _move(p, box:Any, to:int) -> None:
     "What previous and next do: set the box, or say that there is no more."
     if box.value == to: p.session.job or _say(p, f"{box.description} {to}: there is no more on this side.")
@@ -567,7 +574,36 @@ class Snapshot:
         return tmp.replace(path)
 
 # %% ../nbs/11_widgets.ipynb #9cdeda66
-class Panel(W.VBox):
+class _View(W.VBox):
+    "What is common to all views: drawn again when stale, kept as a file or as JSON, closed."
+    def redraw(self):
+        "Everything, from the controls as they are."
+        self.stale = True                                         # still so if drawing fails
+        if self.session.basis is not None: self.draw(); self.stale = False
+        return self
+    def catch_up(self):
+        "After a worker, if something changed meanwhile."
+        with _quiet(self): self.settle()
+        return self.redraw()
+    def wait(self, timeout:float=None): return _wait(self, timeout)
+    def do(self, f:Callable): return _do(self, f)
+    def figure(self, name:str, alt:str, f:Callable, rows:list, size:tuple=(4.4, 3.1)): _figure(self, name, alt, f, rows, size)
+    def export(self, folder) -> list: return _export(self, folder)
+    def snapshot(self) -> Snapshot: return _snapshot(self)
+    def save(self, path) -> Path: return self.snapshot().save(path)
+    @property
+    def state(self) -> dict: return {k: list(v) if isinstance(v := getattr(self.c, k).value, tuple) else v for k in self.keeps}  # JSON
+    def restore(self, state:dict): return _do(self, lambda: _restore(self, state))
+    def close(self):
+        if "session" in vars(self):                               # not there if the arguments were refused
+            if self in self.session.panels: self.session.panels.remove(self)
+            if not self.session.panels: self.session.cancel.set() # nobody is left to look at what still runs
+        self._close(self.children); super().close()
+    _close = staticmethod(_close)                                 # at hand even while the interpreter ends
+    def _repr_mimebundle_(self, **kw): return dict(super()._repr_mimebundle_(**kw) or {}, **{"text/html": self.snapshot().html})
+
+# %% ../nbs/11_widgets.ipynb #49522e00
+class Panel(_View):
     "One view of a session: `Explorer`, `Probe`, `Editor`, `Spectrum` or `Lens`. Shared with other code, use `with panel.session.lock:`."
     title, keeps, shows = "", (), ()
     def __init__(self,
@@ -597,31 +633,6 @@ class Panel(W.VBox):
     def load(self): _start(self, "curvature", lambda: _load_all(self)); return self
     def on(self, what:str, f:Callable, *names): [getattr(self.c, n).observe(_guard(self, what, f), "value") for n in names]
     def press(self, name:str, what:str, f:Callable): getattr(self.c, name).on_click(lambda _: _start(self, what, f))   # in a worker
-    def redraw(self):
-        "Everything, from the controls as they are."
-        self.stale = True                                         # still so if drawing fails
-        if self.session.basis is not None: self.draw(); self.stale = False
-        return self
-    def catch_up(self):
-        "After a worker, if something changed meanwhile."
-        with _quiet(self): self.settle()
-        return self.redraw()
-    def wait(self, timeout:float=None): return _wait(self, timeout)
-    def do(self, f:Callable): return _do(self, f)
-    def figure(self, name:str, alt:str, f:Callable, rows:list, size:tuple=(4.4, 3.1)): _figure(self, name, alt, f, rows, size)
-    def export(self, folder) -> list: return _export(self, folder)
-    def snapshot(self) -> Snapshot: return _snapshot(self)
-    def save(self, path) -> Path: return self.snapshot().save(path)
-    @property
-    def state(self) -> dict: return {k: list(v) if isinstance(v := getattr(self.c, k).value, tuple) else v for k in self.keeps}  # JSON
-    def restore(self, state:dict): return _do(self, lambda: _restore(self, state))
-    def close(self):
-        if "session" in vars(self):                               # not there if the arguments were refused
-            if self in self.session.panels: self.session.panels.remove(self)
-            if not self.session.panels: self.session.cancel.set() # nobody is left to look at what still runs
-        self._close(self.children); super().close()
-    _close = staticmethod(_close)                                 # at hand even while the interpreter ends
-    def _repr_mimebundle_(self, **kw): return dict(super()._repr_mimebundle_(**kw) or {}, **{"text/html": self.snapshot().html})
 
 # %% ../nbs/11_widgets.ipynb #8e61fa0e
 def _load_all(p) -> None:
@@ -645,6 +656,7 @@ def _try(p, f:Callable) -> None:
         with torch.inference_mode(): f()
     except Exception as e: p.failed = e; _say(p, f"drawing failed. {type(e).__name__}: {e}", traceback.format_exc())
 
+# %% ../nbs/11_widgets.ipynb #0afb42f9
 def _wait(p, timeout:float|None) -> Any: # the panel
     "Until nothing runs in the background. RuntimeError if there is no curvature then, TimeoutError if it takes too long."
     s, me = p.session, threading.current_thread()
@@ -716,8 +728,8 @@ def _restore(p, state:dict) -> None:
     if state.get("component"): _show_component(p, *state["component"])
 
 # %% ../nbs/11_widgets.ipynb #662968ae
-class Explorer(Panel):
-    "Look at a matrix and at its components."
+class _ExplorerControls(Panel):
+    "The controls of the Explorer, and what each sets off."
     title, keeps = "Explorer", ("block", "projection", "rho", "by", "k", "component")
     shows = ("spectrum", "mass", "region", "energy", "facts", "table", "reading", "writing", "overlap")
     def build(self) -> list:
@@ -742,6 +754,10 @@ class Explorer(Panel):
         self.on("component", lambda: _draw_component(self), "component")
         for n, by in (("prev", -1), ("next", 1)): getattr(self.c, n).on_click(lambda _, by=by: _move(self, self.c.block, self._beside(by)))
         self.press("stable", "two halves", lambda: self._halves())
+
+# %% ../nbs/11_widgets.ipynb #800d692f
+class Explorer(_ExplorerControls):
+    "Look at a matrix and at its components."
     def fill(self):
         blocks = sorted({t.block for t in self.session.targets})
         self.c.block.max, self.c.block.min = blocks[-1], blocks[0]
@@ -838,6 +854,7 @@ def _draw_component(p) -> None:
     _draw_overlap(p)
     _code(p, f'e = basis["{e.target.name}"]; c = e.component({i}, {j})\nreads(inputs({s.names["model"]}, e.target, {_reading_code(s)}), c.v); writes({s.names["model"]}, {"pg.classes" if s.kind == "vit" else "tokenizer"}, e, {i})')
 
+# %% ../nbs/11_widgets.ipynb #39db9c1d
 def _reading_code(s:Session) -> str: return "pg.batches(pg.clean[:200])" if s.kind == "vit" else f"{s.names['clean']}[:{_first(s.clean, 4096).n}]" if hasattr(s.clean, "n") else s.names["clean"]
 
 def _inputs(p) -> Any: # Inputs of this matrix, kept for a few
@@ -890,8 +907,8 @@ def _stability_note(p, i:int, j:int) -> str:
     return f'<div style="margin-top:6px;line-height:1.4">{text}</div>'
 
 # %% ../nbs/11_widgets.ipynb #99fc0ff4
-class Probe(Panel):
-    "Is this passage recited? The continuation beside the truth, original and edited."
+class _ProbeControls(Panel):
+    "The controls of the Probe, and what each sets off."
     title, keeps, shows = "Probe", ("which", "tier", "kind", "index", "pasted", "split"), ("text", "numbers")
     def build(self) -> list:
         c = self.c
@@ -911,6 +928,10 @@ class Probe(Panel):
         self.on("split", lambda: self.draw(), "split")
         for n, by in (("prev", -1), ("next", 1)): getattr(self.c, n).on_click(lambda _, by=by: _move(self, self.c.index, min(max(self.c.index.value + by, 1), self.c.index.max)))
         self.press("recited", "look for the next", lambda: self._next_recited())
+
+# %% ../nbs/11_widgets.ipynb #038ded2f
+class Probe(_ProbeControls):
+    "Is this passage recited? The continuation beside the truth, original and edited."
     def fill(self):
         s = self.session
         _set(self.c.which, (["images"] if s.kind == "vit" else []) + [k for k, v in (("memorised", s.memorized), ("unseen", s.unseen)) if v] + ([] if s.kind == "vit" else ["your text"]))
@@ -1040,8 +1061,8 @@ def _draw_images(p) -> None:
     _code(p, f"i = pg.memorized[{24*k}:{24*k + 24}]\npredict(pg.model, pg.images[i]), pg.noised[i], pg.true[i]")
 
 # %% ../nbs/11_widgets.ipynb #126e252f
-class Editor(Panel):
-    "Plan an edit, apply it, read what it did, undo; every state stays."
+class _EditorControls(Panel):
+    "The controls of the Editor, and what each sets off."
     title, keeps = "Editor", ("blocks", "projections", "method", "knob", "strength", "seen", "control", "questions")
     shows = ("weights", "preview", "readout", "frontier")
     def build(self) -> list:
@@ -1067,6 +1088,10 @@ class Editor(Panel):
         self.press("apply", "apply and measure", lambda: self._apply())
         for n in ("undo", "redo", "reset"): self.press(n, n, lambda n=n: self._go(n))
         self.c.history.observe(lambda ch: None if self.quiet else _start(self, "visit", lambda: self._go("goto", ch["new"])), "value")
+
+# %% ../nbs/11_widgets.ipynb #02570cb2
+class Editor(_EditorControls):
+    "Plan an edit, apply it, read what it did, undo; every state stays."
     def fill(self):
         s, c = self.session, self.c
         blocks, projections = sorted({t.block for t in s.targets}), list(dict.fromkeys(t.projection for t in s.targets))
@@ -1141,6 +1166,7 @@ def _plan(p, kw:dict) -> None:
                 if k == "method": p.settle()
     _draw_preview(p)
 
+# %% ../nbs/11_widgets.ipynb #41a7be8a
 def _draw_preview(p, slow:bool=False) -> None:
     "What the plan would do, where that can be told without much work; or why there is no plan."
     s, spec = p.session, p.spec
@@ -1282,6 +1308,7 @@ def _behaviour_rows(s:Session) -> list: # label, group, value, low, high, n
         out += [dict(label=k, group=group, value=m.value, low=m.interval()[0], high=m.interval()[1], n=m.n) for k, m in parts.items()]
     return out
 
+# %% ../nbs/11_widgets.ipynb #16b7798c
 def _draw_bars(p) -> None:
     s = p.session
     if not s.now.spec or s.now.seen is None: p.c.note.value, p.c.bars.value = "The original weights are in the model: apply an edit in the Editor, and see here what it keeps of each behaviour.", ""; return
@@ -1370,6 +1397,7 @@ def _smooth(xs:list, width:int) -> list:
         out.append(sum(near)/len(near) if near else math.nan)
     return [x if not math.isnan(x) else next((y for y in out[k:] if not math.isnan(y)), 0.) for k, x in enumerate(out)]
 
+# %% ../nbs/11_widgets.ipynb #04d34728
 def _scale(s:Session) -> tuple: # (mean on ordinary text, mean on memorised passages or None, how many of each)
     "What the score is on texts of which one knows."
     if "scale" not in s.cache:
@@ -1402,7 +1430,33 @@ def _draw_lens(p) -> None:
 def _mean(xs:list) -> float: return (lambda ys: sum(ys)/len(ys) if ys else math.nan)([x for x in xs if not math.isnan(x)])
 
 # %% ../nbs/11_widgets.ipynb #9cc1bfa3
-class Lab(W.VBox):
+class _Front(W.VBox):
+    "What one does with the five panels together: show one, wait, keep, close."
+    @property
+    def lock(self): return self.session.lock
+    @property
+    def panel(self) -> Panel: return list(self.panels.values())[self.tabs.selected_index or 0] # in front
+    def _seen(self):
+        for p in self.panels.values(): p.visible = p is self.panel
+        p = self.panel
+        if p.stale: _guard(p, "redraw", p.redraw)()
+    def show(self, name): self.tabs.selected_index = list(self.panels).index(_value("panel", name, self.panels)); return self.panel
+    def wait(self, timeout=None): self.panel.wait(timeout); return self
+    def checksum(self) -> str: return self.session.checksum()
+    def snapshot(self) -> Snapshot: return Snapshot("<hr>".join(p.snapshot().html for p in self.panels.values()), "curvtools Lab")
+    def save(self, path) -> Path: return self.snapshot().save(path)
+    @property
+    def state(self) -> dict: return _lab_state(self)
+    @classmethod
+    def from_state(cls, state, playground=None, **parts) -> "Lab": return cls(playground, state=_read_state(state), **parts)   # made in the background; `wait` raises what went wrong
+    def close(self):
+        for p in vars(self).get("panels", {}).values(): p.close()
+        if "tabs" in vars(self): self.tabs.unobserve_all(); self.tabs.close()
+        super().close()
+    def _repr_mimebundle_(self, **kw): return dict(super()._repr_mimebundle_(**kw) or {}, **{"text/html": self.snapshot().html})
+
+# %% ../nbs/11_widgets.ipynb #c3289e32
+class Lab(_Front):
     "Five panels over one session: look, probe, edit, compare, undo. `Lab(playground())` is enough; or give the parts, or a Session. Shared with other code, use `with lab.lock:`."
     kinds = (Explorer, Probe, Editor, Spectrum, Lens)
     def __init__(self,
@@ -1426,28 +1480,6 @@ class Lab(W.VBox):
         self.tabs.add_class("curvtools-tabs")
         if state: _start(self.explorer, "restore", lambda: _restore_lab(self, state))
         elif s.basis is None: self.explorer.load()
-    @property
-    def lock(self): return self.session.lock
-    @property
-    def panel(self) -> Panel: return list(self.panels.values())[self.tabs.selected_index or 0] # in front
-    def _seen(self):
-        for p in self.panels.values(): p.visible = p is self.panel
-        p = self.panel
-        if p.stale: _guard(p, "redraw", p.redraw)()
-    def show(self, name): self.tabs.selected_index = list(self.panels).index(_value("panel", name, self.panels)); return self.panel
-    def wait(self, timeout=None): self.panel.wait(timeout); return self
-    def checksum(self) -> str: return self.session.checksum()
-    def snapshot(self) -> Snapshot: return Snapshot("<hr>".join(p.snapshot().html for p in self.panels.values()), "curvtools Lab")
-    def save(self, path) -> Path: return self.snapshot().save(path)
-    @property
-    def state(self) -> dict: return _lab_state(self)
-    @classmethod
-    def from_state(cls, state, playground=None, **parts) -> "Lab": return cls(playground, state=_read_state(state), **parts)   # made in the background; `wait` raises what went wrong
-    def close(self):
-        for p in vars(self).get("panels", {}).values(): p.close()
-        if "tabs" in vars(self): self.tabs.unobserve_all(); self.tabs.close()
-        super().close()
-    def _repr_mimebundle_(self, **kw): return dict(super()._repr_mimebundle_(**kw) or {}, **{"text/html": self.snapshot().html})
 
 # %% ../nbs/11_widgets.ipynb #a721c647
 _state_kind = "curvtools.lab/1"
@@ -1481,6 +1513,7 @@ def _sound(state:dict) -> dict: # part -> could a Lab have written it?
     return dict(weights=isinstance(state["weights"], str), history=isinstance(h, list) and all(map(_is_spec, h)), at=steps([state["at"]]), back=steps(state["back"]), ahead=steps(state["ahead"]),
                 front=whole(state["front"], len(names)), seen=whole(state["seen"], 2**63), panels=isinstance(state["panels"], dict) and all(k in names and isinstance(v, dict) for k, v in state["panels"].items()))
 
+# %% ../nbs/11_widgets.ipynb #0db2e0f2
 def _restore_lab(lab:Lab, state:dict) -> None:
     "History and view of a state, with a bar. If it fails or is cancelled, the Lab has the original weights and no history, and `wait` raises why: ValueError for what is no state, or of other weights."
     s, tell = lab.session, lambda *a: _tell(lab.explorer, *a)
@@ -1501,6 +1534,7 @@ def _forget(s:Session) -> None:
     s.reset(); s.states[1:], s.back[:], s.ahead[:] = [], [], []
     s.cancel.clear(); _changed(s, True)
 
+# %% ../nbs/11_widgets.ipynb #2aca6cb2
 def _resume(lab:Lab, state:dict, tell:Callable) -> None:
     "History and controls of a state; what was measured is measured again for the state in place. Under the lock."
     s = lab.session

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import curvtools
@@ -65,3 +66,60 @@ def test_exported_code_is_plain():
         s = p.read_text()
         assert not re.search(r"^\s*(from|import) (nbdev|fastcore)", s, re.M), p.name
         assert not re.search(r"import pickle|torch\.load\(|matplotlib\.pyplot|import pyplot", s), p.name
+
+
+def cells(path): return [dict(c, source="".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+
+
+NUMBERED = sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))
+STILL_LONG = {"_Recorder", "_Run"}   # in 02_kfac, to be split; nothing may be added here
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
+def test_exported_cells_are_short(path):
+    "At most 40 lines, directives not counted."
+    for c in cells(path):
+        if c["cell_type"] != "code" or not re.search(r"^#\|\s*export", c["source"], re.M): continue
+        names = re.findall(r"^(?:def|class) (\w+)", c["source"], re.M)
+        n = sum(not l.startswith("#|") for l in c["source"].strip("\n").split("\n"))
+        assert n <= 40 or STILL_LONG & set(names), f"{path.name}: the cell of {', '.join(names)} has {n} lines: split it"
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
+def test_four_cells_in_ten_are_text(path):
+    "Share of text cells among all cells: 35 to 50 %."
+    kinds = [c["cell_type"] for c in cells(path)]
+    share = kinds.count("markdown")/len(kinds)
+    assert .35 <= share <= .5, f"{path.name}: {share:.0%} of its cells are text"
+
+
+def test_versions_agree():
+    "One version: settings.ini, the package, the newest numbered section of the changelog, the citation."
+    v = settings()["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", v) and curvtools.__version__ == v
+    assert re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT/"CHANGELOG.md").read_text(), re.M)[0] == v
+    assert re.search(r"^version: (\S+)", (ROOT/"CITATION.cff").read_text(), re.M)[1] == v
+
+
+def test_the_package_is_typed_and_its_settings_name_it():
+    assert (ROOT/"curvtools"/"py.typed").exists() and "py.typed" in (ROOT/"setup.py").read_text()
+    for extra in ("docs", "gguf", "weightwatcher", "lm_eval"): assert settings()[f"{extra}_requirements"].split()
+
+
+def test_the_wheel_holds_what_the_package_needs(tmp_path):
+    "Built from a copy, so that nothing is left here: every module, the bundled models, the Lab's notebook, the mark of a typed package, the command."
+    pytest.importorskip("setuptools", minversion="77")
+    for p in ("curvtools", "settings.ini", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md", "CITATION.cff"):
+        (shutil.copytree if (ROOT/p).is_dir() else shutil.copy)(ROOT/p, tmp_path/p)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path/"dist", tmp_path], check=True)
+    wheel, = (tmp_path/"dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as z:
+        names = set(z.namelist())
+        meta = z.read(next(n for n in names if n.endswith("METADATA"))).decode()
+        entry = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    want = {str(p.relative_to(ROOT)) for p in (ROOT/"curvtools").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert want <= names and "curvtools/py.typed" in names
+    assert not [n for n in names if n.startswith(("tests", "nbs"))]
+    assert "curvtools=curvtools.cli:main" in entry.replace(" ", "") and f"Version: {settings()['version']}" in meta
+    assert all(f"Provides-Extra: {x}" in meta for x in ("dev", "docs", "gguf", "lm-eval", "weightwatcher"))
+    assert wheel.stat().st_size < 16_000_000

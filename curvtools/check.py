@@ -40,7 +40,7 @@ def _keys(e:dict, x:Any) -> list: # of str, the likeliest first; empty: not an a
     x = _number(x)
     return [] if x is None else [str(round(x/e["step"]) + d) for d in (0, 1, -1)]
 
-# %% ../nbs/28_check.ipynb #9ba04f6b
+# %% ../nbs/28_check.ipynb #ec407c88
 def _mask_cases(g:torch.Generator):
     "The mask at rho, on small random spectra."
     from curvtools.decompose import staircase
@@ -48,7 +48,18 @@ def _mask_cases(g:torch.Generator):
         lam, mu = (torch.rand(k, generator=g, dtype=torch.float64).pow(3).sort(descending=True)[0] for k in (m, n))
         yield (lam, mu, rho), staircase(lam, mu, rho=rho).dense()             # bool [m, n]
 
-_cases = dict(mask=_mask_cases)
+def _hit_cases(g:torch.Generator):
+    "The chance of at least one hit in n draws."
+    for z, n in ((0., 5), (.5, 1), (.25, 2), *((torch.rand(1, generator=g).item()**4, k) for k in (3, 10, 100))): yield (z, n), 1 - (1 - z)**n
+
+def _recovered_cases(g:torch.Generator):
+    "Share of images with a wrong label that get their true one."
+    for n, k in ((4, 2), (30, 3), (200, 10)):
+        true, given, said = (torch.randint(k, (n,), generator=g) for _ in range(3))
+        given[0] = (true[0] + 1) % k                                          # at least one is wrong
+        yield (said, given, true), (said == true)[given != true].double().mean()
+
+_cases = dict(mask=_mask_cases, hit=_hit_cases, recovered=_recovered_cases)
 
 # %% ../nbs/28_check.ipynb #d35a0314
 def _is(got:Any, want:torch.Tensor) -> bool:

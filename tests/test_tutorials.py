@@ -20,6 +20,23 @@ TUTORIALS = [p for p in sorted((ROOT/"nbs"/"tutorials").glob("*.ipynb")) if not 
 
 # tutorial -> exercise -> (the right answer, [wrong answers]): Python, evaluated in the tutorial's namespace after its run
 ANSWERS = {
+    "2": {1: ("(640*192)**2/(640**2 + 192**2)", ["33000", "2"]),
+          2: ("'c'", ["'a'", "'B'"]),
+          3: ("lambda lam, mu, rho: staircase(lam, mu, rho=rho).dense()", ["lambda lam, mu, rho: torch.outer(lam, mu) >= rho", "lambda lam: lam", "lambda lam, mu, rho: staircase(lam, mu, rho=rho)"]),
+          4: ("e.mask(rho=.9).fraction", ["e.mask(rho=.5).fraction", ".9", "100*e.mask(rho=.9).fraction"])},
+    "3": {1: ("max(d for d in range(49) if scores([1]*48, [1]*(48 - d) + [2]*d)['loose'])", ["36", "13"]),
+          2: ("'abc'[(tiers[16].strict >= .1) + (tiers[16].strict > .8)]", ["'a'", "'c'"]),
+          3: ("lambda z, n: 1 - (1 - z)**n", ["lambda z, n: n*z", "lambda z, n: 1/0"]),
+          4: ("len(report.clean)", ["3", "6"]),
+          5: ("'b' if loss['auc'] > flat['auc'] else 'a'", ["'a'", "'c'"])},
+    "4": {1: ("(.65 - .5)/(.8 - .5)", [".65/.8", ".15"]),
+          2: ("{'closed-book': 'a', 'open-book': 'b', 'arithmetic': 'c', 'logic': 'd'}[min(kept, key=lambda f: kept[f].share)]", ["'a'", "'d'"]),
+          3: ("'b' if mild[1]['arithmetic'].low > mild[0]['arithmetic'].high else 'c'", ["'a'", "'c'"]),
+          4: ("'b' if full['arithmetic'].share > .5 else 'a'", ["'a'"])},
+    "5": {1: ("lambda said, given, true: (said == true)[given != true].float().mean()", ["lambda said, given, true: (said == true).float().mean()", "lambda said, given, true: (said == given)[given != true].float().mean()"]),
+          2: ("'b' if after.recovered.value > .5 else 'c'", ["'a'", "'c'"]),
+          3: ("1/len(pg.classes)", [".5", "10"]),
+          4: ("compare_edits(pg, {'': planned(basis, plan_at(pg.plan, .3))})[1]['scores'].recovered.value", ["after.recovered.value", "before.recovered.value"])},
 }
 
 

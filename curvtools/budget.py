@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .decompose import _decompose, staircase
-from .kfac import Forecast, _batch, _probe, _Recorder, frozen, head_grad, split_head
+from .kfac import Forecast, _batch, _chunk, _probe, _Recorder, frozen, head_grad, split_head
 from .targets import find_targets
 
 # %% ../nbs/25_budget.ipynb #537fb233
@@ -67,7 +67,7 @@ def _rehearse(twin, parts, shape, chosen, labels, tokens, chunk):
     "Bytes and FLOPs of one batch, from the pass itself on fake tensors."
     (trunk, head, _), image = parts, len(shape) == 4
     leader, _, h = _probe(twin, trunk, _inputs((1, *shape[1:]) if image else (1, 5)), chosen)
-    chunk = chunk or max(64, 2**25 // head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]); del h
+    chunk = chunk or _chunk(head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1], h.device); del h
     n = shape[0] * (1 if image else shape[1] - 1)
     with _no_sweep(), _flops() as counted, _Meter([*twin.parameters(), *twin.buffers()]) as meter:
         rec = _Recorder(twin, chosen, leader); rec.w = tokens if image else None

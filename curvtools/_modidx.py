@@ -626,6 +626,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'curvtools.kfac._place': ('kfac.html#_place', 'curvtools/kfac.py'),
                                 'curvtools.kfac._plain_attention': ('kfac.html#_plain_attention', 'curvtools/kfac.py'),
                                 'curvtools.kfac._probe': ('kfac.html#_probe', 'curvtools/kfac.py'),
+                                'curvtools.kfac._product': ('kfac.html#_product', 'curvtools/kfac.py'),
                                 'curvtools.kfac._read_safetensors': ('kfac.html#_read_safetensors', 'curvtools/kfac.py'),
                                 'curvtools.kfac._read_snapshot': ('kfac.html#_read_snapshot', 'curvtools/kfac.py'),
                                 'curvtools.kfac._result': ('kfac.html#_result', 'curvtools/kfac.py'),

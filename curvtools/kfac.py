@@ -39,16 +39,19 @@ def _strips(d, device): # one product on a GPU must fill it: fewer there
     step = max(64, -(-d // (8 if device.type == "cpu" else 4)))
     return [(i, min(i + step, d)) for i in range(0, d, step)]
 
+def _product(into, a, b): # into [m, n] += a [m, k] b [k, n]; `into` in float32 at least
+    if a.is_cuda and a.element_size() == 2:
+        try: torch.addmm(into, a, b, out_dtype=into.dtype, out=into); return
+        except (NotImplementedError, TypeError): pass                        # this torch, or this device, cannot
+    into.addmm_(a.to(into.dtype), b.to(into.dtype))
+
 def add_outer(total:Tensor, # [d, d], float32 or float64; its upper triangle is added to
               x:Tensor # rows [n, d], also in a lower precision
              ):
     "total += x^T x, strip by strip of its upper triangle. Products of bfloat16 or float16 numbers are exact in float32; a GPU can take them as they are."
     if not (x.is_cuda and x.element_size() == 2): x = x.to(total.dtype)
-    for i, j in _strips(len(total), total.device):
-        strip, a, b = total[i:j, i:], x[:, i:j].T, x[:, i:]                  # [s, d - i], [s, n], [n, d - i]
-        if x.dtype == total.dtype: strip.addmm_(a, b); continue
-        try: torch.addmm(strip, a, b, out_dtype=total.dtype, out=strip)
-        except (NotImplementedError, TypeError): strip.addmm_(a.to(total.dtype), b.to(total.dtype))   # this torch or this device cannot
+    for i, j in _strips(len(total), total.device): _product(total[i:j, i:], x[:, i:j].T, x[:, i:])   # [s, d - i] += [s, n] [n, d - i]
+
 
 # %% ../nbs/02_kfac.ipynb #634fdb71
 class OuterSum:

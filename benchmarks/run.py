@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -145,9 +144,18 @@ def compare(name, tokens, rounds, until=float("inf")):
         row |= dict(seconds=t, tokens_per_s=n / t["median"], share=row["flops"] / t["median"] / rate)
     own = times["curvtools"]
     for k, row in out["rows"].items(): row["ratio"] = spread([b / a for a, b in zip(own, times[k])])      # within a round
+    out["profile"] = profile(model, batches, targets)
     out["mc"] = more_samples(model, batches, targets)
     out["bfloat16"] = lower(model, batches, few, targets, own, rate)
     return out, model
+
+
+def profile(model, batches, targets, most=8):
+    "Where `collect` spends its time: share of every operation that takes a hundredth or more."
+    from torch.profiler import profile
+    with profile() as p: peers.curvtools(model, batches, targets)
+    took = {e.key: e.self_cpu_time_total for e in p.key_averages()}
+    return {k.removeprefix("aten::"): v / sum(took.values()) for k, v in sorted(took.items(), key=lambda x: -x[1])[:most] if v > .01 * sum(took.values())}
 
 
 def more_samples(model, batches, targets, ks=(1, 2, 4)):
@@ -173,9 +181,9 @@ def road(model, batches, blocks, passages=16, steps=48, rounds=3):
     from curvtools.kfac import collect
     factors, out = collect(model, batches, "mlp", blocks=blocks, progress=False), {}
     time_of = lambda f: spread([seconds(f)[0] for _ in range(rounds)])
-    out["eigen, float64"] = time_of(lambda: factors.eigen(model))
-    out["eigen, float32"] = time_of(lambda: factors.eigen(model, dtype=torch.float32))
-    basis = factors.eigen(model, dtype=torch.float32)
+    out["eigen, float64"] = time_of(lambda: factors.eigen(model, progress=False))
+    out["eigen, float32"] = time_of(lambda: factors.eigen(model, dtype=torch.float32, progress=False))
+    basis = factors.eigen(model, dtype=torch.float32, progress=False)
     out["mask at a rho"] = time_of(lambda: basis.keep(rho=.8))
     edit = basis.keep(rho=.8)
     out["apply and undo"] = time_of(lambda: edit.apply(model).undo())
@@ -205,6 +213,7 @@ def table(results):
             lines.append(f"{k:<14}{x['tokens_per_s']:>10,.0f}{took:>26}{times:>24}{x['flops']/1e12:>9.3f}{x['share']:>9.0%}{x['peak']/1e6:>9,.0f}{a['A']:>9.0e}{a['G']:>9.0e}")
         b = r["bfloat16"]
         lines.append(f"in bfloat16: A off by {b['A']:.1e}, G by {b['G']:.1e} (medians over the matrices); " + (f"{b['ratio']['median']:.2f} x the speed of float32" if "ratio" in b else "this processor has no bfloat16 products, so not timed"))
+        lines.append("time of collect by operation: " + ", ".join(f"{k} {v:.0%}" for k, v in r["profile"].items()))
         f = r["mc"]; lines.append("FLOPs of more labels a position: " + ", ".join(f"{k} cost {v / f[min(f)]:.2f} x" for k, v in f.items()))
     for name, r in results["road"].items():
         lines.append(f"\n{name}: {r['matrices']} matrices in {r['blocks']} blocks")

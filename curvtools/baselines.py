@@ -172,7 +172,7 @@ class _Holding(OuterSum):
         super().__init__(len(s.sum), s.sum.dtype, s.sum.device)
         self.pool, self.x, self.at, self.own = pool, [], [], 0; pool.sums.append(self)
     def add(self, x:Tensor, n:int=None): # rows [n, d]
-        if self.closed: return
+        if self.skip: self.skip -= 1; return                          # it holds these rows already
         at = torch.arange(self.own, self.own + len(x), dtype=torch.float64) * ((5**.5 - 1) / 2) % 1   # [n]
         keep, self.own = at < self.pool.share, self.own + len(x)
         super().add(x, n); self.x.append(x[keep.to(x.device)]); self.at.append(at[keep]); self.pool.fit()

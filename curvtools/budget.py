@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .decompose import _decompose, staircase
-from .kfac import Forecast, _batch, _probe, _Recorder, frozen, head_grad, split_head
+from .kfac import Forecast, _batch, _chunk, _probe, _Recorder, frozen, head_grad, split_head
 from .targets import find_targets
 
 # %% ../nbs/25_budget.ipynb #537fb233
@@ -63,21 +63,24 @@ def _inputs(shape):
     "Inputs of a batch of zeros: ids [B, T], of which the last is not fed, or pixels [B, C, H, W]."
     return dict(pixel_values=torch.zeros(shape)) if len(shape) == 4 else dict(input_ids=torch.zeros(shape[0], shape[1] - 1, dtype=torch.long), use_cache=False)
 
-def _rehearse(twin, parts, shape, chosen, labels, tokens, chunk):
-    "Bytes and FLOPs of one batch, from the pass itself on fake tensors."
+def _rehearse(twin, parts, shape, chosen, labels, tokens, chunk, samples):
+    "Bytes and FLOPs of one batch, from the pass itself on fake tensors: once to count (what counts holds on to tensors), once to weigh."
     (trunk, head, _), image = parts, len(shape) == 4
     leader, _, h = _probe(twin, trunk, _inputs((1, *shape[1:]) if image else (1, 5)), chosen)
-    chunk = chunk or max(64, 2**25 // head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]); del h
+    chunk = chunk or _chunk(head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1], h.device); del h
     n = shape[0] * (1 if image else shape[1] - 1)
-    with _no_sweep(), _flops() as counted, _Meter([*twin.parameters(), *twin.buffers()]) as meter:
+    def once(look): # what is seen with the factors, with the activations, and after the head
         rec = _Recorder(twin, chosen, leader); rec.w = tokens if image else None
-        factors = meter.now
+        seen = [look()]
         with rec:
-            h = trunk(**_inputs(shape)); up = meter.now
-            y, u = (torch.zeros(n, dtype=torch.long), None) if labels == "data" else (None, torch.zeros(n, dtype=torch.float64))
+            h = trunk(**_inputs(shape)); seen.append(look())
+            y, u = (torch.zeros(n, dtype=torch.long), None) if labels == "data" else (None, torch.zeros(n, samples, dtype=torch.float64))
             dh, rows = torch.zeros_like(h), h.detach().reshape(n, -1).clone()
-            dh.copy_(head_grad(head, rows, y, u, chunk).view_as(h)); top = meter.peak; del rows
-            h.backward(dh)
+            g = head_grad(head, rows, y, u, chunk).view(-1, *h.shape); seen.append(look()); del rows
+            for k, x in enumerate(g): h.backward(dh.copy_(x), retain_graph=k + 1 < len(g))
+        return seen
+    with _flops() as counted: once(lambda: None)
+    with _no_sweep(), _Meter([*twin.parameters(), *twin.buffers()]) as meter: (factors, _), (up, _), (_, top) = once(lambda: (meter.now, meter.peak))
     return Forecast(factors, up - factors, top - up, shape[0] * (1 if image else shape[1]), meter.peak, counted.get_total_flops(), _size(twin))
 
 def _size(model): return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]}.values())
@@ -98,7 +101,8 @@ def forecast(model, # a transformers model; its weights may be on the meta devic
              targets="mlp", blocks=None, projections=None, # as for `collect`
              labels:str="sample", # "sample" or "data"
              tokens:str="cls", # images only, as for `collect`
-             chunk:int=None # as for `collect`
+             chunk:int=None, # as for `collect`
+             mc_samples:int=1 # as for `collect`
             )->Forecast: # bytes beyond the model, and FLOPs of a batch
     "What `collect` will hold and compute, from a rehearsal on tensors without numbers. ValueError or TypeError as from `collect`; `.check(available_memory(device))` raises MemoryError if it cannot fit."
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -111,7 +115,7 @@ def forecast(model, # a transformers model; its weights may be on the meta devic
     chosen = find_targets(known, targets, blocks, projections)
     with mode:
         twin = _imitation(model)
-        with frozen(twin): return _rehearse(twin, _parts(twin, chunked and len(shape) == 2), shape, chosen, labels, tokens, chunk)
+        with frozen(twin): return _rehearse(twin, _parts(twin, chunked and len(shape) == 2), shape, chosen, labels, tokens, chunk, mc_samples)
 
 # %% ../nbs/25_budget.ipynb #91d4c0b6
 def agreement(first, # factors by name, of one half of the data: a mapping to things with A [d_in, d_in] and G [d_out, d_out]; averages or sums

@@ -166,8 +166,8 @@ def _result(model, targets, rec, prints, meta):
     "The averages as Factors, experts without a position with a count of 0; None if nothing was seen yet."
     plain = [s for d in (rec.A, rec.G) for n, s in d.items() if n in rec.modules]
     if any(s.count == 0 for s in plain) or not any(s.count for s in rec.G.values()): return None
-    A = {n: s.sum / max(s.count, 1) for n, s in rec.A.items()}
-    return Factors({t.name: Factor(t, A[rec.leader[t.name]], rec.G[t.name].sum / max(rec.G[t.name].count, 1), rec.G[t.name].count) for t in targets}, prints, meta, model)
+    A = {n: s.take() for n, s in rec.A.items()}
+    return Factors({t.name: Factor(t, A[rec.leader[t.name]], rec.G[t.name].take(), rec.G[t.name].count) for t in targets}, prints, meta, model)
 
 def ways(recorder, result):
     "What `collect` uses instead of its own probe, recorder and result where there are experts among the targets."

@@ -1,6 +1,7 @@
 """Factors are exact: A and G against autograd, position by position, in float64 on every class of model; and nothing about the batch changes them.
 
 Tolerance: both sides are float64 sums of a few hundred products in another order, so 1e-9 relative (to the largest entry) leaves six digits of slack."""
+from collections import Counter
 import gc
 import math
 import signal
@@ -424,3 +425,70 @@ def test_packed_documents_keep_their_positions():
 
 def test_batches_that_are_none():
     with pytest.raises(TypeError, match="iterable of batches, not NoneType"): collect(tiny("llama"), None, targets="all", progress=False)
+
+
+def test_more_labels_are_the_same_average_with_less_noise():
+    "n labels from one forward pass: counts and A stay, G's squared error falls as 1/n, within what 40 seeds allow."
+    model, name = tiny("llama"), "model.layers.1.mlp.down_proj"
+    ids = torch.randint(3, V, (2, 9), generator=torch.Generator().manual_seed(0))
+    pick = dict(targets=[name], progress=False)
+    exact, one = collect(model, [ids], labels="exact", **pick)[name], collect(model, [ids], **pick)[name]
+    def runs(k): return [collect(model, [ids], seed=s, mc_samples=k, **pick)[name] for s in range(40)]
+    found = {k: runs(k) for k in (1, 4, 16)}
+    error = {k: torch.stack([(f.G - exact.G).square().sum() for f in fs]) for k, fs in found.items()}
+    for k, fs in found.items():
+        assert all(f.count == one.count == 16 and torch.equal(f.A, one.A) for f in fs)
+        ratio = error[1].mean() / error[k].mean()
+        se = ratio * ((error[1].std() / error[1].mean())**2 / 40 + (error[k].std() / error[k].mean())**2 / 40)**.5
+        assert abs(ratio - k) < 4 * se + 1e-9, (k, ratio, se)
+        mean = torch.stack([f.G for f in fs]); sem = mean.std(0) / 40**.5
+        assert ((mean.mean(0) - exact.G).abs() < 5 * sem + 1e-12).all(), "no bias"
+
+
+def test_more_labels_contain_the_first_and_do_not_depend_on_batches():
+    model, ids = tiny("qwen2"), torch.randint(3, V, (3, 10), generator=torch.Generator().manual_seed(0))
+    seen = [row_uniforms(ids, torch.ones(3, 10, dtype=torch.bool), 0, Counter(), k) for k in (1, 3)]
+    assert seen[1].shape == (3, 10, 3) and torch.equal(seen[1][..., 0], seen[0])
+    a, b, c = (collect(model, x, mc_samples=3, progress=False) for x in ([ids], list(ids.split(1)), [dict(input_ids=torch.cat([torch.zeros(3, 2, dtype=torch.long), ids], 1), attention_mask=torch.tensor([0, 0] + [1] * 10).expand(3, -1))]))
+    for n in a: assert near(a[n].G, b[n].G) and near(a[n].G, c[n].G) and a[n].count == b[n].count == c[n].count == 27
+    assert a.meta["mc_samples"] == 3
+    for bad in (0, 1.5, True, "2"):
+        with pytest.raises(ValueError, match="mc_samples"): collect(model, [ids], mc_samples=bad)
+    with pytest.raises(ValueError, match='labels="data"'): collect(model, [ids], labels="data", mc_samples=2)
+
+
+@pytest.mark.parametrize("fail", range(1, 13))
+@pytest.mark.parametrize("labels,k", [("sample", 3), ("exact", 1)])
+def test_memory_that_runs_out_at_any_sum(monkeypatch, fail, labels, k):
+    "Whichever addition finds no memory, with several passes down: every pass enters every sum once."
+    model, ids = tiny("llama"), torch.randint(3, V, (2, 5), generator=torch.Generator().manual_seed(0))
+    kw = dict(blocks=[1], labels=labels, mc_samples=k, progress=False)
+    want, calls, real = collect(model, [ids], **kw), [], OuterSum.add
+    def add(self, x, n=None):
+        if not self.skip:
+            calls.append(1)
+            if len(calls) == fail: raise torch.OutOfMemoryError("simulated")
+        return real(self, x, n)
+    monkeypatch.setattr(OuterSum, "add", add)
+    got = collect(model, [ids], **kw)
+    for n in want: assert near(got[n].A, want[n].A) and near(got[n].G, want[n].G) and got[n].count == want[n].count
+
+
+def test_a_device_that_multiplies_bfloat16_into_float32_and_one_that_cannot(monkeypatch):
+    "The product with out_dtype is used where a tensor is on a GPU; where it is refused the operands are cast, and the sum is the same."
+    import curvtools.kfac as kfac
+    x, total, seen = torch.randn(20, 8).bfloat16(), torch.zeros(8, 8), []
+    class Cuda(torch.Tensor):                                                    # says that it is on a GPU
+        is_cuda = True
+    def mixed(into, a, b, out_dtype, out): seen.append(out_dtype); return out.copy_(into + a.float() @ b.float())
+    def refuses(*a, **kw): raise NotImplementedError("Could not run 'aten::addmm.dtype_out'")
+    want = x.float().T @ x.float()
+    for how in (mixed, refuses):
+        monkeypatch.setattr(torch, "addmm", how); total.zero_()
+        kfac._product(total, x.T.as_subclass(Cuda), x.as_subclass(Cuda))
+        assert torch.allclose(total.as_subclass(torch.Tensor), want, atol=1e-4)
+    assert seen == [torch.float32]
+    if torch.cuda.is_available():
+        monkeypatch.undo(); total = torch.zeros(300, 300, device="cuda"); x = torch.randn(64, 300, device="cuda").bfloat16()
+        kfac.add_outer(total, x)
+        assert torch.allclose(total.triu(), (x.float().T @ x.float()).triu(), atol=1e-3)

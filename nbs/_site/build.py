@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -105,7 +106,9 @@ def build(src=root/"_proc"/"site", out=root/"_docs", args=("-q",)):
     "Any warning is an error."
     write(pathlib.Path(src))
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])), HF_HUB_OFFLINE="1")
-    return subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-b", "html", "-a", "-c", here, "-d", f"{src}-doctrees", *args, src, out], env=env).returncode
+    rc = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-b", "html", "-a", "-c", here, "-d", f"{src}-doctrees", *args, src, out], env=env).returncode
+    shutil.rmtree(pathlib.Path(out).parent/"jupyter_execute", ignore_errors=True)   # copies of the notebooks that myst-nb leaves beside the site
+    return rc
 
 
 if __name__ == "__main__": sys.exit(build(args=sys.argv[1:]))

@@ -189,7 +189,7 @@ def test_logits_that_are_processed_after_the_head():
     for p in model.parameters(): torch.nn.init.normal_(p, std=.4)
     assert not split_head(model, dict(input_ids=torch.tensor([[3, 4, 5]])))[2]
     seqs = sequences((6, 8))
-    check(collect(model, [pad(seqs)], targets="all", labels="data", progress=False), reference(model, seqs))
+    check(collect(model, [pad(seqs)], targets="all", labels="data", progress=False), reference(model, seqs), 1e-5)   # Gemma 2 itself computes norms and attention in float32
 
 
 def test_chunking_the_head_changes_nothing():

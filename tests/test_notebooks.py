@@ -1,4 +1,4 @@
-"Every notebook is also a test; plain `pytest` covers them all (nbdev-test runs the same cells)."
+"Every notebook is also a test; plain `pytest` covers them all (nbdev-test runs the same cells). Tutorials: test_tutorials."
 import os
 import pathlib
 
@@ -6,7 +6,7 @@ import nbdev.test as nt   # not `from nbdev.test import test_nb`: pytest would c
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-NBS = [p for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if not p.name.startswith(("_", ".")) and ".ipynb_checkpoints" not in p.parts]
+NBS = [p for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if not p.name.startswith(("_", ".")) and not {".ipynb_checkpoints", "tutorials"} & set(p.parts)]
 
 
 @pytest.mark.parametrize("nb", NBS, ids=lambda p: p.stem)

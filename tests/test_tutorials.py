@@ -11,8 +11,7 @@ import sys
 import time
 
 import pytest
-from execnb.nbio import read_nb
-from execnb.shell import CaptureShell
+from execnb.shell import CaptureShell, read_nb
 
 from curvtools.check import _load, _folder, exercises
 

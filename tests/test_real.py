@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from curvtools.cli import _smol_gguf, load_model, main
+from curvtools.cli import _smol_gguf, load_model, main, smollm
 from curvtools.data import windows
 from curvtools.evaluate import perplexity
 from curvtools.kfac import collect
@@ -50,6 +50,14 @@ def prose(modules):
 def english(smol):
     "Windows to collect on, and others to measure on."
     return windows(prose(CALIBRATION), smol[1], length=128, max_tokens=4096), windows(prose(HELD), smol[1], length=128, max_tokens=1536)
+
+
+def test_the_folder_is_the_same_model(smol):
+    "`smollm` saves what the GGUF file holds as an ordinary folder, once."
+    place = smollm(CACHE)
+    model, tokenizer = load_model(place)
+    assert smollm(CACHE) == place and tokenizer("The capital")["input_ids"] == smol[1]("The capital")["input_ids"]
+    assert {t.name: fingerprint(model, t) for t in find_targets(model, "all")} == {t.name: fingerprint(smol[0], t) for t in find_targets(smol[0], "all")}
 
 
 def test_it_is_dense(smol):

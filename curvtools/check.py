@@ -40,6 +40,16 @@ def _keys(e:dict, x:Any) -> list: # of str, the likeliest first; empty: not an a
     x = _number(x)
     return [] if x is None else [str(round(x/e["step"]) + d) for d in (0, 1, -1)]
 
+# %% ../nbs/28_check.ipynb #9ba04f6b
+def _mask_cases(g:torch.Generator):
+    "The mask at rho, on small random spectra."
+    from curvtools.decompose import staircase
+    for m, n, rho in ((1, 1, 1.), (2, 3, .5), (4, 4, .9), (7, 5, .6), (12, 20, .8), (20, 12, .3)):
+        lam, mu = (torch.rand(k, generator=g, dtype=torch.float64).pow(3).sort(descending=True)[0] for k in (m, n))
+        yield (lam, mu, rho), staircase(lam, mu, rho=rho).dense()             # bool [m, n]
+
+_cases = dict(mask=_mask_cases)
+
 # %% ../nbs/28_check.ipynb #ec407c88
 def _mask_cases(g:torch.Generator):
     "The mask at rho, on small random spectra."

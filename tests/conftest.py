@@ -1,4 +1,8 @@
 """Ctrl-C as a person has it: a shell that starts the tests in the background leaves SIGINT ignored, and what is tested about it would not happen."""
+import os
+import pathlib
 import signal
+
+os.environ.setdefault("CURVTOOLS_CACHE", str(pathlib.Path(__file__).parents[1]/".cache"))   # where the real model of `smollm` is kept
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)

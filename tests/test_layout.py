@@ -45,8 +45,9 @@ def test_readme_matches_index():
 
 
 def test_the_packaged_lab_notebook_is_the_tutorial():
-    own = ROOT/"curvtools"/"static"/"lab.ipynb"
-    assert filecmp.cmp(ROOT/"nbs"/"tutorials"/"lab.ipynb", own, shallow=False), "differs: cp nbs/tutorials/lab.ipynb curvtools/static/"
+    own = ROOT/"curvtools"/"static"/"1_see_it_happen.ipynb"
+    made = subprocess.run([sys.executable, ROOT/"nbs"/"_lab.py", "--stdout"], capture_output=True, text=True, encoding="utf-8", check=True).stdout
+    assert made == own.read_text(encoding="utf-8"), "differs from nbs/tutorials/1_see_it_happen.ipynb: run python nbs/_lab.py"
     assert own.stat().st_size < 20_000
 
 

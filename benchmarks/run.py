@@ -22,13 +22,16 @@ from benchmarks import peers
 from curvtools.budget import _Meter, _flops, _no_sweep
 from curvtools.targets import find_targets
 
-ROOT = Path(__file__).parents[1]
+ROOT, START = Path(__file__).parents[1], time.perf_counter()
 
 
 def seconds(f):
     t = time.perf_counter(); out = f()
     if torch.cuda.is_available(): torch.cuda.synchronize()
     return time.perf_counter() - t, out
+
+
+def say(*words): print(f"{time.perf_counter() - START:6.0f} s ", *words, file=sys.stderr, flush=True)
 
 
 def spread(xs): return dict(median=statistics.median(xs), min=min(xs), max=max(xs), n=len(xs))
@@ -130,23 +133,27 @@ def compare(name, tokens, rounds, until=float("inf")):
     model, batches, blocks = make(tokens or usual)
     targets, ways, rate = find_targets(model, "mlp", blocks=blocks), peers.available(), gemm_rate()
     n = sum(b[:, 1:].numel() for b in batches)
-    few = [b[:2] for b in batches[:1]]
+    few = [b[:2, :65] for b in batches[:1]]
+    say(f"{name}: do all give the same numbers?")
     out = dict(model=name, parameters=sum(p.numel() for p in model.parameters()), matrices=len(targets), blocks=len({t.block for t in targets}), positions=n, dtype=str(model.dtype), agree=agreement(ways, model, few, targets), rows={})
     for k, f in ways.items():
+        say(f"{name}: FLOPs and bytes of {k}")
         flops, peak = cost(f, model, batches, targets)
         out["rows"][k] = dict(flops=flops, peak=peak)
     times, order = {k: [] for k in ways}, list(ways)
     for r in range(rounds or most):
         if r and time.time() > until: break
+        say(f"{name}: round {r + 1} of {rounds or most}")
         for k in order[r % len(order):] + order[:r % len(order)]: gc.collect(); times[k].append(seconds(lambda: ways[k](model, batches, targets))[0])
     for k, row in out["rows"].items():
         t = spread(times[k])
         row |= dict(seconds=t, tokens_per_s=n / t["median"], share=row["flops"] / t["median"] / rate)
     own = times["curvtools"]
     for k, row in out["rows"].items(): row["ratio"] = spread([b / a for a, b in zip(own, times[k])])      # within a round
+    say(f"{name}: profile, several labels, bfloat16")
     out["profile"] = profile(model, batches, targets)
     out["mc"] = more_samples(model, batches, targets)
-    if name != "random_1b" or has_bf16(): out["bfloat16"] = lower(model, batches, few, targets, own)     # emulated, a large model would take minutes
+    if name != "random_1b" or has_bf16(): out["bfloat16"] = lower(model, batches, [few[0][:1, :33]], targets, own)   # emulated, more would take minutes
     return out, model
 
 
@@ -228,6 +235,7 @@ def run(models=tuple(MODELS), tokens=None, rounds=None, minutes=8.):
         results["models"].append(got)
         if name != "random_1b":
             _, batches, blocks = MODELS[name][0](256) if name == "playground" else (None, random_ids(model, 256), [-1])
+            say(f"{name}: the rest of the road")
             results["road"][name] = road(model, batches, blocks)
         del model; gc.collect()
     return results

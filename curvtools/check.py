@@ -40,16 +40,6 @@ def _keys(e:dict, x:Any) -> list: # of str, the likeliest first; empty: not an a
     x = _number(x)
     return [] if x is None else [str(round(x/e["step"]) + d) for d in (0, 1, -1)]
 
-# %% ../nbs/28_check.ipynb #9ba04f6b
-def _mask_cases(g:torch.Generator):
-    "The mask at rho, on small random spectra."
-    from curvtools.decompose import staircase
-    for m, n, rho in ((1, 1, 1.), (2, 3, .5), (4, 4, .9), (7, 5, .6), (12, 20, .8), (20, 12, .3)):
-        lam, mu = (torch.rand(k, generator=g, dtype=torch.float64).pow(3).sort(descending=True)[0] for k in (m, n))
-        yield (lam, mu, rho), staircase(lam, mu, rho=rho).dense()             # bool [m, n]
-
-_cases = dict(mask=_mask_cases)
-
 # %% ../nbs/28_check.ipynb #ec407c88
 def _mask_cases(g:torch.Generator):
     "The mask at rho, on small random spectra."
@@ -111,7 +101,7 @@ def _verdict(name:str, e:dict, x:Any) -> str:
     if not keys: return f"wanted: {_wanted(e)}; got {_say(x)} ({type(x).__name__})."
     for k in keys:
         if said := _open(e["sealed"], name, k): return said
-    if e["kind"] == "number" and any(_open(e["sealed"], name, k) for f in (.01, 100.) for k in _keys(e, _number(x)*f)): return f"not yet: the digits are right, but not the unit. Wanted: {_wanted(e)}."
+    if e["kind"] == "number" and any(_open(e["sealed"], name, k) for f in (.01, 100.) for k in _keys(e, (_number(x) or 0.)*f)): return f"not yet: the digits are right, but not the unit. Wanted: {_wanted(e)}."
     return f"not yet: {e['hint']}"
 
 # %% ../nbs/28_check.ipynb #5eaeb00f
@@ -149,7 +139,7 @@ def add_exercise(
     folder:str|Path|None=None, # None: the package's own
 ) -> dict: # the exercise as stored
     "Writes one exercise into its tutorial's file."
-    e = dict(kind="choice" if choices else "function" if cases else "number", hint=hint)
+    e:dict = dict(kind="choice" if choices else "function" if cases else "number", hint=hint)
     e |= {k: v for k, v in dict(choices=choices, step=step, unit=unit, cases=cases).items() if v is not None}
     if cases and cases not in _cases: raise ValueError(f"{name}: cases={cases!r} is none of {', '.join(_cases)}")
     if e["kind"] == "number" and not step: raise ValueError(f"{name}: a number needs a step, how far apart two different answers are")

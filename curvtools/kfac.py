@@ -162,9 +162,18 @@ def _unbroken():
     finally: signal.signal(signal.SIGINT, old)
     if len(came) == 1: old(*came[0])
 
-# %% ../nbs/02_kfac.ipynb #d23f882b
+# %% ../nbs/02_kfac.ipynb #c0unted1
+def _counted(x, w, name): # x [..., d]; w [B, S], None: all positions, or "cls" or "all"
+    "The counted rows of x as [n, d]."
+    if w is None or isinstance(w, str) and w == "all": return x.reshape(-1, x.shape[-1])
+    if isinstance(w, str): return x[:, 0]
+    if x.dim() == 3 and x.shape[:2] == w.shape: return x[w.to(x.device)]
+    if x.dim() == 2 and len(x) == w.numel(): return x[w.flatten().to(x.device)]
+    raise RuntimeError(f"{name} received {list(x.shape)} but the batch has {list(w.shape)} positions: it does not see every position once, so its factors cannot be collected; leave it out of targets")
+
 def _place(x): return x.untyped_storage()._cdata, x.storage_offset(), x.shape   # which memory a tensor stands for; also where there is none behind it
 
+# %% ../nbs/02_kfac.ipynb #d23f882b
 class _Recorder:
     "Hooks on the targets: inputs into A on the way up, output gradients into G on the way down. A context manager."
     def __init__(self, model, targets, leader=None, sums=None): # sums: the device they are kept on, None: that of the module
@@ -175,13 +184,7 @@ class _Recorder:
         self.G = {t.name: acc(t, t.d_out) for t in targets}
         self.w, self.first, self.zero, self.last = None, True, {}, {}
 
-    def rows(self, x, name):
-        "The counted rows of x [..., d] as [n, d]."
-        if self.w is None or isinstance(self.w, str) and self.w == "all": return x.reshape(-1, x.shape[-1])
-        if isinstance(self.w, str): return x[:, 0]
-        if x.dim() == 3 and x.shape[:2] == self.w.shape: return x[self.w.to(x.device)]
-        if x.dim() == 2 and len(x) == self.w.numel(): return x[self.w.flatten().to(x.device)]
-        raise RuntimeError(f"{name} received {list(x.shape)} but the batch has {list(self.w.shape)} positions: it does not see every position once, so its factors cannot be collected; leave it out of targets")
+    def rows(self, x, name): return _counted(x, self.w, name)                # [n, d]
 
     def tracked(self, out):
         "The output itself, where a gradient will come down to it anyway; else a copy through which one will."
@@ -776,6 +779,19 @@ def _one_batch(rec, trunk, head, drawn, labels, chunk, n):
     if not _finite(rec): raise _spoiled(rec, n)                              # overflow on the way down
     return int(counted.sum())
 
+# %% ../nbs/02_kfac.ipynb #5e771395
+def _check_settings(labels, tokens, chunk, on_interrupt, on_nan, every, mc_samples, stop):
+    "ValueError that names the argument of `collect` that makes no sense."
+    if on_interrupt not in ("raise", "return"): raise ValueError(f'on_interrupt must be "raise" or "return", not {on_interrupt!r}')
+    if on_nan not in ("raise", "skip"): raise ValueError(f'on_nan must be "raise" or "skip", not {on_nan!r}')
+    if stop is not None and not (stop == "converged" or isinstance(stop, Real) and 0 < stop < 1): raise ValueError(f'stop must be "converged" or a tolerance between 0 and 1, not {stop!r}')
+    if every < 1: raise ValueError(f"every={every} must be 1 token or more")
+    if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk} must be 1 or more positions")
+    if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1: raise ValueError(f"mc_samples={mc_samples!r} must be a whole number of labels a position, 1 or more")
+    if mc_samples > 1 and labels != "sample": raise ValueError(f'mc_samples={mc_samples} draws labels, but labels="{labels}" draws none; use labels="sample"')
+    if labels not in ("sample", "data", "exact"): raise ValueError(f'labels must be "sample", "data" or "exact", not {labels!r}')
+    if tokens not in ("cls", "all"): raise ValueError(f'tokens must be "cls" or "all", not {tokens!r}')
+
 # %% ../nbs/02_kfac.ipynb #331c28e9
 def collect(model, # a transformers model, or the id or folder of a causal one
             batches, # iterable of ids [B, T], or of dicts with input_ids (attention_mask, labels) or pixel_values (labels)
@@ -797,15 +813,7 @@ def collect(model, # a transformers model, or the id or folder of a causal one
             alone:bool=False # in a distributed run: this process by itself, nothing is added up
            )->Factors: # `factors[name].A` [d_in, d_in], `.G` [d_out, d_out], float32 averages, and `.count`
     "Gather the K-FAC factors of the targets in one pass (paper section 2; sums carry their counts). The model is left as found. In a distributed run every process brings its part of the data (`curvtools.scale.shard`) and all get the same factors."
-    if on_interrupt not in ("raise", "return"): raise ValueError(f'on_interrupt must be "raise" or "return", not {on_interrupt!r}')
-    if on_nan not in ("raise", "skip"): raise ValueError(f'on_nan must be "raise" or "skip", not {on_nan!r}')
-    if stop is not None and not (stop == "converged" or isinstance(stop, Real) and 0 < stop < 1): raise ValueError(f'stop must be "converged" or a tolerance between 0 and 1, not {stop!r}')
-    if every < 1: raise ValueError(f"every={every} must be 1 token or more")
-    if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk} must be 1 or more positions")
-    if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1: raise ValueError(f"mc_samples={mc_samples!r} must be a whole number of labels a position, 1 or more")
-    if mc_samples > 1 and labels != "sample": raise ValueError(f'mc_samples={mc_samples} draws labels, but labels="{labels}" draws none; use labels="sample"')
-    if labels not in ("sample", "data", "exact"): raise ValueError(f'labels must be "sample", "data" or "exact", not {labels!r}')
-    if tokens not in ("cls", "all"): raise ValueError(f'tokens must be "cls" or "all", not {tokens!r}')
+    _check_settings(labels, tokens, chunk, on_interrupt, on_nan, every, mc_samples, stop)
     if isinstance(model, (str, os.PathLike)):
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained(model)
@@ -820,13 +828,35 @@ def collect(model, # a transformers model, or the id or folder of a causal one
         stream, first, total = peers.batches(batches) if peers else _batches(batches)
         return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt, on_nan=on_nan, snapshot=snapshot, every=every, stop=.01 if stop == "converged" else stop, peers=peers, sums=sums, mc_samples=mc_samples)
 
-# %% ../nbs/02_kfac.ipynb #f5659e84
-class _Run:
-    "What a collection has got: sums, counters, and the hash of the data they come from."
+# %% ../nbs/02_kfac.ipynb #5e75f0ad
+class _Sums:
+    "The sums of a collection: one set, or two, to which even and odd batches go."
     def __init__(self, rec, other=None, stop=None): # a recorder; another one whose sums the odd batches go to; how far from 1 their agreement may be
-        self.rec, self.seen, self.most, self.stop, self.checks = rec, Counter(), None, stop, []
+        self.rec, self.stop, self.checks, self.n = rec, stop, [], 0              # n: batches in the sums
         self.sets = [(r.A, r.G) for r in (rec, other) if r is not None]
-        self.n = self.done = self.read = 0                                   # batches in the sums, positions with a label, batches read
+    def check(self, tokens):
+        "Agreement of even and odd batches, when the tokens have doubled; from 4 times the widest side on."
+        if len(self.sets) < 2 or self.n % 2 or tokens < (2 * self.checks[-1][0] if self.checks else 4 * max(len(s.sum) for s in _sums(self.rec))): return
+        from types import SimpleNamespace as Half
+        from curvtools.budget import agreement
+        halves = [{name: Half(A=A[self.rec.leader[name]].full(), G=G[name].full()) for name in G} for A, G in self.sets]
+        self.checks.append([tokens, agreement(*halves)])
+    @property
+    def converged(self): return bool(self.stop and self.checks and self.checks[-1][1] >= 1 - self.stop)
+    def together(self):
+        "Even and odd as one."
+        for A, G in self.sets[1:]:
+            for mine, more in zip(self.sets[0], (A, G)):
+                for k, s in more.items(): mine[k].sum += s.sum; mine[k].count += s.count
+        self.sets = self.sets[:1]; self.rec.A, self.rec.G = self.sets[0]
+        return self.rec
+
+# %% ../nbs/02_kfac.ipynb #f5659e84
+class _Run(_Sums):
+    "What a collection has got: sums, counters, and the hash of the data they come from."
+    def __init__(self, rec, other=None, stop=None): # as for `_Sums`
+        super().__init__(rec, other, stop)
+        self.seen, self.most, self.done, self.read = Counter(), None, 0, 0       # rows, the largest batch that fits, positions with a label, batches read
         self.whole = True                                                    # False while the batches of a snapshot are read
         self.skipped, self.digest, self.all = [], hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     def state(self): return dict(n=self.n, done=self.done, read=self.read, most=self.most, skipped=self.skipped, checks=self.checks, all=self.all.hexdigest())
@@ -850,22 +880,6 @@ class _Run:
             if not skip: raise
         for s, (old, count) in zip(sums, kept): s.sum.copy_(old); s.count = count
         self.skipped.append(self.read + 1); return False
-    def check(self, tokens):
-        "Agreement of even and odd batches, when the tokens have doubled; from 4 times the widest side on."
-        if len(self.sets) < 2 or self.n % 2 or tokens < (2 * self.checks[-1][0] if self.checks else 4 * max(len(s.sum) for s in _sums(self.rec))): return
-        from types import SimpleNamespace as Half
-        from curvtools.budget import agreement
-        halves = [{name: Half(A=A[self.rec.leader[name]].full(), G=G[name].full()) for name in G} for A, G in self.sets]
-        self.checks.append([tokens, agreement(*halves)])
-    @property
-    def converged(self): return bool(self.stop and self.checks and self.checks[-1][1] >= 1 - self.stop)
-    def together(self):
-        "Even and odd as one."
-        for A, G in self.sets[1:]:
-            for mine, more in zip(self.sets[0], (A, G)):
-                for k, s in more.items(): mine[k].sum += s.sum; mine[k].count += s.count
-        self.sets = self.sets[:1]; self.rec.A, self.rec.G = self.sets[0]
-        return self.rec
 
 # %% ../nbs/02_kfac.ipynb #134b239e
 def _passes(run, stream, bar, draw, one, skip, path, whose, every):

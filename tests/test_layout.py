@@ -73,7 +73,6 @@ def cells(path): return [dict(c, source="".join(c["source"])) for c in json.load
 
 
 NUMBERED = sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))
-STILL_LONG = {"_Recorder", "_Run"}   # in 02_kfac, to be split; nothing may be added here
 
 
 @pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
@@ -83,7 +82,7 @@ def test_exported_cells_are_short(path):
         if c["cell_type"] != "code" or not re.search(r"^#\|\s*export", c["source"], re.M): continue
         names = re.findall(r"^(?:def|class) (\w+)", c["source"], re.M)
         n = sum(not l.startswith("#|") for l in c["source"].strip("\n").split("\n"))
-        assert n <= 40 or STILL_LONG & set(names), f"{path.name}: the cell of {', '.join(names)} has {n} lines: split it"
+        assert n <= 40, f"{path.name}: the cell of {', '.join(names)} has {n} lines: split it"
 
 
 @pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)

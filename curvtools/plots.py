@@ -123,6 +123,7 @@ def mass_curve(
         ax.plot(max(f, x[0]), m, "o", color=RED, label=f"kept: {_percent(f)} of pairs, {_percent(m)} of mass", clip_on=False)
     ax.set(xscale="log", ylim=(0, 1.02), xlabel="share of the pairs (i, j), steepest first", ylabel="share of the mass", title=eigen.target.name)
     ax.xaxis.set_major_formatter(FuncFormatter(_percent)); ax.yaxis.set_major_formatter(FuncFormatter(_percent))
+    ax.set_xticks([10.**k for k in range(0, -9, -1 if x[0] > 1e-5 else -2) if 10.**k >= x[0]])   # so that labels do not touch
     ax.minorticks_off()
     _legend(fig, ax)
     return fig
@@ -410,7 +411,8 @@ def bars(
             y = labels.index(r["label"])*(len(groups) + .6) + groups.index(g)
             ax.barh(y, r["value"], .85, color=c, alpha=.55, hatch=hatch, edgecolor=c, label=g if r is next(x for x in rows if x["group"] == g) else None)
             ax.plot([r["low"], r["high"]], [y, y], color="black", linewidth=1)
-            for end, sign, past in ((low, "<", r["low"] < low), (high, ">", r["high"] > high)): ax.plot([end]*past, [y]*past, sign, color="black", markersize=4, clip_on=False)
+            for end, sign, past in ((low, "<", r["low"] < low), (high, ">", r["high"] > high)):
+                if past: ax.plot(end, y, sign, color="black", markersize=4, clip_on=False)
             ax.text(1.015, y, f"{r['value']:.0%}", va="center", fontsize="x-small", transform=ax.get_yaxis_transform())   # beside the axes, where no interval runs
     ax.set_yticks([k*(len(groups) + .6) + (len(groups) - 1)/2 for k in range(len(labels))], [f"{k} (n={next(r['n'] for r in rows if r['label'] == k)})" for k in labels], fontsize="small")
     ax.set_ylim(len(labels)*(len(groups) + .6) - .9, -.8); ax.axvline(1, color=GREY, linewidth=1, linestyle=":"); ax.set(xlim=(low - .02, high + .02), xlabel="share left")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from curvtools.data import Passage
 from curvtools.decompose import Eigen, staircase
-from curvtools.plots import band_energy, block_map, diff_html, forest, frontier, img, kept_region, mass_curve, overlap, png, side_by_side, spectrum, token_marks, token_strip, token_texts, tradeoff
+from curvtools.plots import band_energy, bars, block_map, diff_html, forest, frontier, img, kept_region, mass_curve, overlap, png, side_by_side, spectrum, token_marks, token_strip, token_texts, tradeoff
 from curvtools.targets import Target
 
 
@@ -211,3 +211,10 @@ def test_overlap_and_energy_draw_the_rows():
 def test_the_token_that_is_read_is_marked():
     a, b = [x for x in Spans(token_strip(["a", "b"], ["", "here"])).attrs if "tabindex" in x]
     assert "outline" in b["style"] and b["title"] == "the token that is read" and "style" not in a
+
+
+def test_bars_are_drawn_alike_twice():
+    "A mark that is not there must not push the legend down, further each time."
+    fig = bars([dict(label=l, group=g, value=.5, low=.4, high=.7, n=9) for l in "abcd" for g in "xy"])
+    def height(): fig.canvas.draw(); return fig.axes[0].get_position().height
+    assert abs(height() - height()) < 1e-6 and height() > .7

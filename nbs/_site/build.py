@@ -70,7 +70,7 @@ def reference():
 
 def gallery():
     "All static copies of panels that stand in the notebooks, with the lines that made them."
-    out = ["# Gallery", "The panels of the `Lab`, as they looked when the notebooks ran: static copies, which need no kernel. In a notebook, `panel.snapshot()` makes one and `panel.save(\"page.html\")` writes it. The same by hand: the [tutorial](tutorials/lab.ipynb); how they are built: [11_widgets](11_widgets.ipynb)."]
+    out = ["# Gallery", "The panels of the `Lab`, as they looked when the notebooks ran: static copies, which need no kernel. In a notebook, `panel.snapshot()` makes one and `panel.save(\"page.html\")` writes it. The same by hand: the [tutorial](tutorials/1_see_it_happen.ipynb); how they are built: [11_widgets](11_widgets.ipynb)."]
     for path in sorted(nbs.rglob("*.ipynb")):
         for c in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             for o in c.get("outputs", []):

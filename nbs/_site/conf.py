@@ -5,6 +5,7 @@ import re
 
 import curvtools.all
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from fastcore.docments import docments
 from sphinx import addnodes
@@ -77,7 +78,9 @@ def ancestors(node):
 
 def mathml(block):
     def visit(self, node):
-        self.body.append(tex2mathml(re.sub(r"\\[bB]igg?[lr]?(?![a-z])", "", node.astext()), as_block=block))   # brackets grow by themselves
+        tex = re.sub(r"\\[bB]igg?[lr]?(?![a-z])", "", node.astext())        # brackets grow by themselves
+        try: self.body.append(tex2mathml(tex, as_block=block))
+        except MathError as e: raise ValueError(f"{node.source}: the formula {tex!r} cannot be shown ({e}); write it another way") from e
         raise nodes.SkipNode
     return visit, None
 

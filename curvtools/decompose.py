@@ -472,7 +472,7 @@ def eigen(
     dtype:torch.dtype=torch.float64, # torch.float32: try that first and check
     progress:bool=True, # a bar, if it takes longer than 2 s
     each=lambda done, total, name: None, # called before each matrix; may raise to stop
-    solve=_decompose, # what finds eigenpairs: (matrix, name, dtype) -> eigenvalues, vectors, residual, clipped share
+    solve=None, # what else finds eigenpairs: (matrix, name, dtype) -> eigenvalues, vectors, residual, clipped share
 ) -> Basis:
     "Eigendecompose every factor, each distinct matrix once. ValueError names a matrix that is not finite."
     if dtype not in (torch.float32, torch.float64): raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
@@ -482,7 +482,7 @@ def eigen(
     done = {}
     for k, (M, what) in tqdm(jobs.items(), desc="eigen", delay=2, disable=not progress):
         each(len(done), len(jobs), what)
-        done[k] = solve(M, what, dtype)
+        done[k] = (solve or _decompose)(M, what, dtype)
     out, live = [], factors.model() if model is None else None
     for name, f in seen.items():
         (lam, UG, rg, cg), (mu, UA, ra, ca) = done[id(f.G)], done[id(f.A)]

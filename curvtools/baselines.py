@@ -166,16 +166,19 @@ def second_moments(
         return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, "raise", lambda m, t, leader: _MomentRecorder(m, t, leader, basis, per), done, peers=peers)
 
 # %% ../nbs/08_baselines.ipynb #ek0a1b02
+def _bytes(xs:list) -> int: return sum(x.numel() * x.element_size() for x in xs)
+
 class _Holding(OuterSum):
     "An OuterSum that also holds its rows k with frac(k φ) < pool.share."
     def __init__(self, s:OuterSum, pool):
         super().__init__(len(s.sum), s.sum.dtype, s.sum.device)
         self.pool, self.x, self.at, self.own = pool, [], [], 0; pool.sums.append(self)
     def add(self, x:Tensor, n:int=None): # rows [n, d]
-        if self.skip: self.skip -= 1; return                          # it holds these rows already
+        before = self.adds; super().add(x, n)
+        if self.adds == before: return                                # it holds these rows already
         at = torch.arange(self.own, self.own + len(x), dtype=torch.float64) * ((5**.5 - 1) / 2) % 1   # [n]
         keep, self.own = at < self.pool.share, self.own + len(x)
-        super().add(x, n); self.x.append(x[keep.to(x.device)]); self.at.append(at[keep]); self.pool.fit()
+        self.x.append(x[keep.to(x.device)]); self.at.append(at[keep]); self.pool.fit(_bytes(self.x[-1:]))
     def thin(self):
         keep = [at < self.pool.share for at in self.at]
         self.x, self.at = [x[k.to(x.device)] for x, k in zip(self.x, keep)], [at[k] for at, k in zip(self.at, keep)]
@@ -183,11 +186,13 @@ class _Holding(OuterSum):
 
 class _Pool:
     "A bound on the bytes that all rows of a collection take together, and the share of the positions that fits."
-    def __init__(self, memory:int): self.memory, self.share, self.sums = memory, 1., []
-    def fit(self):
-        while sum(x.numel() * x.element_size() for s in self.sums for x in s.x) > self.memory:
+    def __init__(self, memory:int): self.memory, self.share, self.sums, self.held = memory, 1., [], 0
+    def fit(self, more:int): # bytes that came
+        self.held += more
+        while self.held > self.memory:
             self.share /= 2
             for s in self.sums: s.thin()
+            self.held = sum(_bytes(s.x) for s in self.sums)
 
 # %% ../nbs/08_baselines.ipynb #ek0a1b03
 class _RowRecorder(_Recorder):

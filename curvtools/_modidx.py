@@ -513,7 +513,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'curvtools.experts._counted': ('experts.html#_counted', 'curvtools/experts.py'),
                                    'curvtools.experts._fast': ('experts.html#_fast', 'curvtools/experts.py'),
                                    'curvtools.experts._probe': ('experts.html#_probe', 'curvtools/experts.py'),
-                                   'curvtools.experts._result': ('experts.html#_result', 'curvtools/experts.py'),
                                    'curvtools.experts._same': ('experts.html#_same', 'curvtools/experts.py'),
                                    'curvtools.experts._segments': ('experts.html#_segments', 'curvtools/experts.py'),
                                    'curvtools.experts._usual': ('experts.html#_usual', 'curvtools/experts.py'),

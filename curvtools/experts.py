@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kfac
-from .kfac import Factor, Factors, OuterSum, _Recorder, _html_table, _table, _unbroken
+from .kfac import Factors, OuterSum, _Recorder, _html_table, _table, _unbroken
 from .targets import _stack, _stacks, find_targets, weight
 
 # %% ../nbs/19_experts.ipynb #83472cab
@@ -162,17 +162,10 @@ def _probe(model, trunk, inputs, targets):
     return leader | {t.name: t.name for t in targets if t.role == "expert"}, kept, h
 
 # %% ../nbs/19_experts.ipynb #0e27f4c7
-def _result(model, targets, rec, prints, meta):
-    "The averages as Factors, experts without a position with a count of 0; None if nothing was seen yet."
-    plain = [s for d in (rec.A, rec.G) for n, s in d.items() if n in rec.modules]
-    if any(s.count == 0 for s in plain) or not any(s.count for s in rec.G.values()): return None
-    A = {n: s.take() for n, s in rec.A.items()}
-    return Factors({t.name: Factor(t, A[rec.leader[t.name]], rec.G[t.name].take(), rec.G[t.name].count) for t in targets}, prints, meta, model)
-
-def ways(recorder, result):
-    "What `collect` uses instead of its own probe, recorder and result where there are experts among the targets."
+def ways(recorder):
+    "What `collect` uses instead of its own probe and recorder where there are experts among the targets."
     if recorder is not _Recorder: raise ValueError("only the factors of routed experts can be collected, not second moments in a basis or effects on a loss; leave the experts out of the targets")
-    return _probe, _ExpertRecorder, _result
+    return _probe, _ExpertRecorder
 
 # %% ../nbs/19_experts.ipynb #6bfc92e9
 class Seen:

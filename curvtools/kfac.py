@@ -723,8 +723,9 @@ def _meta(model, labels, seed, digest, n, skipped=(), checks=()):
                 labels=labels, seed=seed, data=digest, batches=n, **(dict(skipped=len(skipped)) if skipped else {}), **(dict(agreement=checks[-1][1]) if checks else {}), n_blocks=len(block_list(model)[1]), dtype=str(next(model.parameters()).dtype), curvtools=__version__, torch=torch.__version__, transformers=version("transformers"))
 
 def _result(model, targets, rec, prints, meta):
-    "The averages as Factors, or None if some target has seen nothing yet."
-    if any(s.count == 0 for s in _sums(rec)): return None
+    "The averages as Factors, experts without a position with a count of 0; None if another target, or all, saw nothing yet."
+    plain = [s for d in (rec.A, rec.G) for n, s in d.items() if n in rec.modules]
+    if any(s.count == 0 for s in plain) or not any(s.count for s in rec.G.values()): return None
     A = {n: s.take() for n, s in rec.A.items()}
     return Factors({t.name: Factor(t, A[rec.leader[t.name]], rec.G[t.name].take(), rec.G[t.name].count) for t in targets}, prints, meta, model)
 
@@ -921,7 +922,7 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     probe = _probe
     if any(t.role == "expert" for t in targets):
         from curvtools.experts import ways
-        probe, recorder, result = ways(recorder, result)
+        probe, recorder = ways(recorder)
     leader, kept, h = probe(model, trunk, small, targets)
     with torch.no_grad(): width = head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]
     chunk = chunk or _chunk(width, device)

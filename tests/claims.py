@@ -63,10 +63,7 @@ def source(claim):
     text = []
     for cell in claim["cells"]:
         name, which, *lines = cell.split(":", 2)
-        cells = notebook(name)
-        out = " ".join(map(output, cells.values())) if which.startswith("@") else output(cells[which])
-        if which.startswith("@"): text.append(" ".join(re.findall(rf"\S+: {which[1:]} x|\b{which[1:]} (?:x|windows)", out)))
-        else: text.append("\n".join(l for l in out.split("\n") if not lines or re.search(lines[0], l)))
+        text += [l for l in output(notebook(name)[which]).split("\n") if not lines or re.search(lines[0], l)]
     return "\n".join(text)
 
 

@@ -8,7 +8,7 @@ __all__ = ['svd', 'Moments', 'second_moments', 'ekfac', 'identity_basis', 'order
            'union', 'random_basis']
 
 # %% ../nbs/08_baselines.ipynb #801b61be
-import contextlib, hashlib, math, weakref
+import hashlib, math, weakref
 from collections.abc import Mapping
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .targets import block_list, find_targets, fingerprint, weight, _module
 from .data import Passage
-from .kfac import Factors, OuterSum, frozen, load_tensors, save_tensors, _Recorder, _batch, _batches, _check_finite, _check_ids, _check_notes, _collect, _peers, _result
+from .kfac import Factors, OuterSum, frozen, load_tensors, save_tensors, _Recorder, _batch, _batches, _check_finite, _check_ids, _check_notes, _collect, _opened, _result
 from .decompose import Basis, Eigen, check_weights, random_basis, residual, _noted, _one_of, _orthonormal, _pick, _same_weights, _share, _silent
 from .edit import Edit, Masked, Plan, Replaced, _listed, _plain, _strengths
 
@@ -160,9 +160,7 @@ def second_moments(
     def done(model, targets, rec, prints, meta):
         if any(s.count == 0 for s in rec.G.values()): return None
         return Moments({n: s.mean() for n, s in rec.G.items()}, {n: _mark(basis[n]) for n in rec.G}, dict(meta, basis=basis.meta.get("basis", "kfac"), per=per))
-    peers = _peers()
-    with frozen(model), peers or contextlib.nullcontext():
-        stream, first, total = peers.batches(batches) if peers else _batches(batches)
+    with _opened(model, batches) as (stream, first, total, peers):
         return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, "raise", lambda m, t, leader: _MomentRecorder(m, t, leader, basis, per), done, peers=peers)
 
 # %% ../nbs/08_baselines.ipynb #ek0a1b02
@@ -231,9 +229,7 @@ def ekfac(
     _check_finite(model, chosen)
     pool, kept = _Pool(int(memory)), []
     def done(model, targets, rec, prints, meta): kept[:] = rec, meta; return _result(model, targets, rec, prints, meta)
-    peers = _peers()
-    with frozen(model), peers or contextlib.nullcontext():
-        stream, first, total = peers.batches(batches) if peers else _batches(batches)
+    with _opened(model, batches) as (stream, first, total, peers):
         factors = _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, "raise", lambda m, t, leader: _RowRecorder(m, t, leader, pool), done, peers=peers)
         basis = factors.eigen(model, progress=progress)
         return basis, _moments_of(kept[0], basis, kept[1], peers)

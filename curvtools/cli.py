@@ -167,10 +167,13 @@ def _collect(a):
     "curvtools collect"
     _check_files(a.text); out = _check_out(a.out)
     from curvtools.kfac import collect
+    from curvtools.scale import _joined, shard
     model, tokenizer, pg = _open(a)
     w = _windows(a, tokenizer, pg and pg.clean)
-    print(w)
-    factors = collect(model, w, targets=a.targets, blocks=a.blocks, projections=a.projections, labels=a.labels, seed=a.seed)
+    with _joined() as speaks:
+        if speaks: print(w)
+        factors = collect(model, shard(w), targets=a.targets, blocks=a.blocks, projections=a.projections, labels=a.labels, seed=a.seed)
+    if not speaks: return
     factors.save(out)
     print(f"{factors}\nwritten: {out} ({out.stat().st_size / 2**20:.1f} MB)")
 

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from torch import Tensor
-from .targets import Target, fingerprint, weight, write_weight, _check_writable, _put_back, _read_target
+from .targets import Target, fingerprint, weight, write_weight, _check_writable, _put_back, _read_target, _view
 from .decompose import Basis, Eigen, Staircase, check_weights, coefficients
 from .decompose import _block, _one_of, _pick
 from .kfac import _check_notes, _html_table, _table, _unbroken, load_tensors, save_tensors
@@ -125,9 +125,9 @@ def _check(edit, model, skip:bool):
     if not skip and _in_place(edit, model): raise ValueError(f"an edit is applied to this model already: this very one. Undo it first; or {_ways_out}")
     for name, p in edit.plan.items():
         if not skip: check_weights(model, p.target, p.fingerprint, _ways_out)
-        W = weight(model, p.target)
-        if not bool(torch.isfinite(W).all()): raise ValueError(f"{name}: the weight holds NaN or infinity")
-        other = seen.setdefault(W.data_ptr(), name)
+        if not bool(torch.isfinite(weight(model, p.target)).all()): raise ValueError(f"{name}: the weight holds NaN or infinity")
+        W = _view(model, p.target); W = getattr(W, "_local_tensor", W)                    # where it lies in this process
+        other = seen.setdefault((W.data_ptr(), name if W.numel() == 0 else None), name)
         if other != name: raise ValueError(f"{name} and {other} are the same parameter; edit only one of them")
 
 # %% ../nbs/04_edit.ipynb #d0ce2f2e
@@ -169,7 +169,7 @@ class Applied:
         try:
             for k, p in self.edit.plan.items(): write_weight(self.model, p.target, new[k])
         except BaseException: self._put(old); raise
-    def _put(self, old:dict): _put_back([(weight(self.model, p.target), old[k]) for k, p in self.edit.plan.items()])
+    def _put(self, old:dict): _put_back([(_view(self.model, p.target), old[k]) for k, p in self.edit.plan.items()])
     def __repr__(self): return f"Applied({self.edit._title()}; {'active' if self.active else 'undone'})"
 
 # %% ../nbs/04_edit.ipynb #7bfef0d7

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .targets import Target, find_targets, weight, _module
-from .kfac import Factors, _batch, _batches, _check_finite, _collect, _image, _plain_attention, _text, collect, frozen
+from .kfac import Factors, _batch, _batches, _check_finite, _collect, _image, _opened, _plain_attention, _text, collect, frozen
 from .decompose import Basis, Eigen, _orthonormal, check_weights, random_basis
 from .evaluate import _draws
 from .edit import Edit, Masked
@@ -84,14 +84,16 @@ def _pass(
     model, batches, # as for `collect`
     t:Target, total:Any, # which matrix; the sum to feed
     labels:str, per:str, tokens:str, seed:int, # as for `second_moments`
+    alone:bool=False, # in a distributed run: this process by itself
 ) -> Any: # the sum, fed
     "One pass over the data with `collect`'s labels, masks and counts. ValueError for unknown words."
     for name, x, known in (("labels", labels, ("exact", "sample", "data")), ("per", per, ("sequence", "position")), ("tokens", tokens, ("all", "cls"))):
         if x not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, not {x!r}")
     _check_finite(model, [t])
-    stream, first, n = _batches(batches); stream, first = (_fit_labels(model, _batch(b)) for b in stream), _fit_labels(model, first)
     done = lambda model, targets, rec, prints, meta: rec.G[t.name] if rec.G[t.name].count else None
-    with frozen(model): return _collect(model, stream, first, n, [t], labels, seed, tokens, None, False, "raise", lambda m, ts, leader: _Hooks(m, t, total, per), done)
+    with _opened(model, batches, alone) as (stream, first, n, peers):
+        fit = (_fit_labels(model, _batch(b)) for b in stream)
+        return _collect(model, fit, _fit_labels(model, first), n, [t], labels, seed, tokens, None, False, "raise", lambda m, ts, leader: _Hooks(m, t, total, per), done, peers=peers)
 
 # %% ../nbs/17_fidelity.ipynb #7ba4047e
 def fisher_block(
@@ -378,10 +380,10 @@ def off_diagonal(
     tokens:str="all", # as for `fisher_block`
     seed:int=0, # of drawn labels
 ) -> dict: # off, low, high, cosine, n
-    "Share of the Fisher block's ‖F‖² that lies off its diagonal in this basis, and the cosine of K-FAC with the block, for a matrix of any size; unbiased sums, bootstrap interval over items. ValueError for fewer than 8 items, or a basis of other weights."
+    "Share of the Fisher block's ‖F‖² that lies off its diagonal in this basis, and the cosine of K-FAC with the block, for a matrix of any size; unbiased sums, bootstrap interval over items. Each process of a distributed run takes its own items. ValueError for fewer than 8 items, or a basis of other weights."
     if labels not in ("sample", "data"): raise ValueError(f'labels must be "sample" or "data", not {labels!r}')
     check_weights(model, e.target, e.fingerprint, "take a basis of this model")
-    kept = _pass(model, batches, e.target, _Kept(e, weight(model, e.target).device), labels, "sequence", tokens, seed)
+    kept = _pass(model, batches, e.target, _Kept(e, weight(model, e.target).device), labels, "sequence", tokens, seed, alone=True)   # pairs of items of this process
     size = max(1, 2**26//(len(e.lam)*len(e.mu)))
     if (n := sum(map(len, kept.P))) < 8: raise ValueError(f"{n} items are too few to tell an item from the others: give at least 8")
     whole, diagonal = _grams(kept, size)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .targets import Target, block_list, find_targets, fingerprint, weight, _home, _module, _read_target, _stored
+from .targets import Target, block_list, find_targets, fingerprint, weight, _cut_up, _home, _module, _read_target, _stored
 
 # %% ../nbs/02_kfac.ipynb #a1c7e0d2
 def _strips(d, device): # one product on a GPU must fill it: fewer there
@@ -163,9 +163,9 @@ def _unbroken():
     if len(came) == 1: old(*came[0])
 
 # %% ../nbs/02_kfac.ipynb #c0unted1
-def _counted(x, w, name): # x [..., d]; w [B, S], None: all positions, or "cls" or "all"
+def _counted(x, w, name): # x [..., d]; w [B, S], None: all positions, or "cls", "all", "none"
     "The counted rows of x as [n, d]."
-    if w is None or isinstance(w, str) and w == "all": return x.reshape(-1, x.shape[-1])
+    if w is None or isinstance(w, str) and w in ("all", "none"): return x.reshape(-1, x.shape[-1])[:0 if w == "none" else None]
     if isinstance(w, str): return x[:, 0]
     if x.dim() == 3 and x.shape[:2] == w.shape: return x[w.to(x.device)]
     if x.dim() == 2 and len(x) == w.numel(): return x[w.flatten().to(x.device)]
@@ -214,13 +214,15 @@ class _Recorder:
 @contextlib.contextmanager
 def frozen(model:nn.Module): # any module
     "Eval mode and no parameter that requires a gradient, inside; modes and flags exactly as before, outside."
-    modes = [(m, m.training) for m in model.modules()]
+    modes, cut = [(m, m.training) for m in model.modules()], _cut_up(model).values()
+    for m in cut: m.reshard()                                                # flags are kept with the pieces
     flags = [(m, n, p.requires_grad) for m in model.modules() for n, p in m._parameters.items() if p is not None]   # by name: where weights are offloaded each pass makes new ones
     try:
         model.eval(); model.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad(): yield model
     finally:
         with _unbroken():
+            for m in cut: m.reshard()
             for m, training in modes: m.training = training
             for m, n, flag in flags: m._parameters[n].requires_grad_(flag)
 
@@ -327,34 +329,65 @@ def _batches(batches, empty=False):
     if first is None: raise ValueError("no data: batches is empty, so there is nothing to estimate curvature from")
     return itertools.chain([first], it), _batch(first), total
 
-# %% ../nbs/02_kfac.ipynb #afdc1d0b
-def split_head(model:nn.Module, # a transformers model
-               inputs:dict # keyword arguments of a small forward pass, for the check
-              )->tuple: # trunk(**inputs) -> [..., d], head([n, d]) -> [n, V], chunked: bool
-    "Trunk and head of a model such that head(trunk(x)) are its logits; (the model, identity, False) where they are not."
+# %% ../nbs/02_kfac.ipynb #f5d2kf02
+def _gathered(model, trunk):
+    "The trunk where FSDP2 has cut the model up: what lies outside of the blocks is gathered before it runs, and before a gradient comes down."
+    top = block_list(model)[0]
+    outer = [m for n, m in _cut_up(model).items() if not (top and n.startswith(f"{top}."))]
+    if not outer: return trunk
+    def gather(*_):
+        for m in outer: m.unshard()
+    def run(**inputs):
+        gather(); h = trunk(**inputs)
+        if h.requires_grad: h.register_hook(gather)
+        return h
+    return run
+
+# %% ../nbs/02_kfac.ipynb #f5d2kf01
+@contextlib.contextmanager
+def _heard(m, inputs):
+    "What a module gives inside, where every tensor it is called with is one of the inputs."
+    out, known = [], [id(v) for v in inputs.values()]
+    plain = lambda xs: all(not torch.is_tensor(x) or id(x) in known for x in xs)
+    handle = m.register_forward_hook(lambda m, args, kwargs, o: out.append(o) if plain([*args, *kwargs.values()]) else None, with_kwargs=True)
+    try: yield out
+    finally: handle.remove()
+
+def _split(model, inputs):
+    "As `split_head`, with what the trunk gives: from one pass where the model shows it."
     def whole(**kw):
         out = model(**kw)
         if not hasattr(out, "logits"): raise ValueError(f"{type(model).__name__} predicts nothing (it has no head); load it with a head, e.g. AutoModelForCausalLM or AutoModelForImageClassification")
         return out.logits
     head, base = (model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None), getattr(model, "base_model", model)
-    if not isinstance(head, nn.Linear) or base is model or "input_ids" not in inputs: return whole, lambda h: h, False
-    trunk = lambda **kw: base(**kw).last_hidden_state
+    if "input_ids" not in inputs: return whole, lambda h: h, False, None
+    trunk = _gathered(model, lambda **kw: base(**kw).last_hidden_state)
     with torch.no_grad():
-        want, h = whole(**inputs), trunk(**inputs)
-        if h.shape[-1] != head.in_features: return whole, lambda h: h, False
-        got = head(h)
-    same = got.shape == want.shape and torch.equal(got.to(want), want)  # the same operations on the same numbers: to the bit
-    return (trunk, head, True) if same else (whole, lambda h: h, False)
+        with _heard(base, inputs) as out: want = whole(**inputs)
+        if not isinstance(head, nn.Linear) or base is model: return whole, lambda h: h, False, want
+        h = out[0].last_hidden_state if len(out) == 1 and hasattr(out[0], "last_hidden_state") else trunk(**inputs)
+        got = head(h) if h.shape[-1] == head.in_features else None
+    same = got is not None and got.shape == want.shape and torch.equal(got.to(want), want)  # the same operations on the same numbers: to the bit
+    return (trunk, head, True, h) if same else (whole, lambda h: h, False, want)
+
+# %% ../nbs/02_kfac.ipynb #afdc1d0b
+def split_head(model:nn.Module, # a transformers model
+               inputs:dict # keyword arguments of a small forward pass, for the check
+              )->tuple: # trunk(**inputs) -> [..., d], head([n, d]) -> [n, V], chunked: bool
+    "Trunk and head of a model such that head(trunk(x)) are its logits; (the model, identity, False) where they are not."
+    return _split(model, inputs)[:3]
 
 # %% ../nbs/02_kfac.ipynb #58d35abe
-def _check_causal(trunk, inputs, model):
-    "ValueError if what comes out at earlier positions depends on the last token."
-    ids = inputs["input_ids"]
-    if ids.shape[1] < 2: return
+def _two_ends(ids): # [1, T]
+    "The same window twice, the second time with another last token."
     other = ids.clone(); other[:, -1] = torch.where(ids[:, -1] == 0, 1, 0)
-    with torch.no_grad(): a, b = (trunk(**dict(inputs, input_ids=x))[:, :-1] for x in (ids, other))
-    slack = 1e-4 if torch.finfo(a.dtype).bits >= 32 else 2e-2               # rounding; a causal model gives the same numbers
-    if (a - b).abs().max() > slack * a.abs().max(): raise ValueError(f"{type(model).__name__} looks at later tokens, so predicting the next one means nothing for it: a causal language model is needed (or an image classifier)")
+    return torch.cat([ids, other])                                           # [2, T]
+
+def _check_causal(h, model): # h [2, T, d] or logits, of `_two_ends`
+    "ValueError if what comes out at earlier positions depends on the last token."
+    a, b = h[0, :-1], h[1, :-1]
+    slack = 1e-4 if torch.finfo(h.dtype).bits >= 32 else 2e-2               # rounding; a causal model gives the same numbers
+    if h.shape[1] > 1 and (a - b).abs().max() > slack * a.abs().max(): raise ValueError(f"{type(model).__name__} looks at later tokens, so predicting the next one means nothing for it: a causal language model is needed (or an image classifier)")
 
 # %% ../nbs/02_kfac.ipynb #42ae7471
 def _say_bytes(n): p = max(0, min(3, (max(int(n), 1).bit_length() - 1) // 10)); return f"{n / 2**(10*p):.3g} {['B', 'KB', 'MB', 'GB'][p]}"
@@ -395,7 +428,8 @@ def available_memory(device="cpu")->int|None: # bytes; None where it is not know
 # %% ../nbs/02_kfac.ipynb #efcb9f6d
 def _probe(model, trunk, inputs, targets):
     "(leader: dict name -> the first target that reads the same tensor; bytes a position kept for the backward pass; logits' width)"
-    read, kept, params = [], {}, {p.untyped_storage()._cdata for p in model.parameters()}
+    stores = lambda m: {getattr(p, "_local_tensor", p).untyped_storage()._cdata for p in m.parameters()}
+    read, kept, params, cut = [], {}, stores(model), weakref.WeakSet(_cut_up(model).values())   # the graph holds `pack`
     zero = torch.zeros((), requires_grad=True)
     def hook(name):
         def f(m, args, kwargs, out):
@@ -404,6 +438,7 @@ def _probe(model, trunk, inputs, targets):
         return f
     def pack(t):
         s = t.untyped_storage()
+        for m in cut: params.update(stores(m))                               # with those gathered just now
         if s._cdata not in params: kept[s._cdata] = s.nbytes()
         return t
     handles = [model.get_submodule(t.name).register_forward_hook(hook(t.name), with_kwargs=True) for t in targets]
@@ -428,6 +463,16 @@ def _check_cls(model, trunk, inputs, targets):
     grads = torch.autograd.grad(h, [out for _, out in seen.values()], torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h), allow_unused=True)
     dead = [n for n, g in zip(seen, grads) if g is None or g.dim() != 3 or not g[:, 0].any()]
     if dead: raise ValueError(f"{dead[0]}: the class is not read through the first position there, so CLS-token factors would be zero; {way}, or leave that target out")
+
+def _wired(model, small, targets, tokens):
+    "As `split_head`; ValueError for a language model that is not causal, or an image classifier without a CLS token where that is asked for."
+    if "input_ids" in small:
+        *parts, h = _split(model, dict(small, input_ids=_two_ends(small["input_ids"])))
+        _check_causal(h, model)
+    else:
+        parts = _split(model, small)[:3]
+        if tokens == "cls": _check_cls(model, parts[0], small, targets)
+    return parts
 
 # %% ../nbs/02_kfac.ipynb #c0184da5
 def _backward_exact(rec, head, h, y):
@@ -613,7 +658,7 @@ def _mul(self, alpha):
                    dict(self.meta, merged=[f"{alpha:g} x {d}" for d in self.meta.get("merged", [self.meta.get("data")])]), self.model())
 Factors.__mul__ = Factors.__rmul__ = _mul
 
-# %% ../nbs/02_kfac.ipynb #81c5c911
+# %% ../nbs/02_kfac.ipynb #f5d2kf04
 _OOM = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 def _out_of_memory(e): return isinstance(e, (_OOM, MemoryError)) or isinstance(e, RuntimeError) and "allocate memory" in str(e)
@@ -624,6 +669,16 @@ def _cut(x, rows):
     if isinstance(x, tuple): return tuple(_cut(v, rows) for v in x)
     return x[rows] if torch.is_tensor(x) else x
 
+def _whole_batch(run):
+    "run(batch) where no batch can be halved: the other processes would not know."
+    def f(drawn):
+        try: return run(drawn)
+        except Exception as e:
+            if not _out_of_memory(e): raise
+            raise RuntimeError("a batch does not fit into memory, and a process cannot halve it alone where FSDP has cut the model up: make batches smaller, in all processes") from e
+    return f
+
+# %% ../nbs/02_kfac.ipynb #81c5c911
 def _in_pieces(run, sums, drawn, most):
     "run(piece) over a batch in pieces of at most `most` positions (None: whole), halved where memory runs out. Returns (what run returned, summed; most)."
     todo, done = [(drawn, [0] * len(sums))], 0                               # rows, and how many of their additions each sum has made
@@ -758,6 +813,11 @@ def _drawn(prepared, labels, seed, seen, samples=1):
         u = u[:, :y.shape[1]] if y.dim() == 2 else u[:, 0]
     return inputs, y, w, counted, u
 
+def _idle(prepared):
+    "A prepared batch of which nothing counts."
+    inputs, y, w, _, _ = prepared
+    return inputs, y, w, torch.zeros_like(y, dtype=torch.bool), None
+
 def _down(rec, h, counted, rows): # [B, S, d], [B, S], [k, n, d]
     "A backward pass for each sample of the labels, weighted so that k of them are one average."
     for k, g in enumerate(rows):
@@ -766,14 +826,17 @@ def _down(rec, h, counted, rows): # [B, S, d], [B, S], [k, n, d]
         h.backward(dh, retain_graph=k + 1 < len(rows))
     rec.first = True
 
-def _one_batch(rec, trunk, head, drawn, labels, chunk, n):
+def _one_batch(rec, trunk, head, drawn, labels, chunk, n, idle=0): # idle: passes to make where no position counts
     "Forward, gradient at the head, backward; the hooks do the rest. Returns the number of positions."
     inputs, y, w, counted, u = drawn
-    if not counted.any(): return 0
+    if not counted.any():
+        if not idle: return 0
+        w = "none"
     rec.w = None if torch.is_tensor(w) and w.all() else w                    # [B, S], or images: "cls" or "all"
     h = trunk(**inputs)                                                      # [B, S, d] or [B, C]
     y, counted = y.to(h.device), counted.to(h.device)                        # the last device, where a model is spread over several
     if labels == "exact": _backward_exact(rec, head, h, y); return int(counted.sum())
+    if not counted.any(): _down(rec, h, counted, h.new_zeros(idle, 0, h.shape[-1])); return 0
     rows = head_grad(head, h[counted].detach(), None if labels == "sample" else y[counted], None if u is None else u.to(h.device)[counted], chunk)
     if not torch.isfinite(rows).all(): raise _spoiled(rec, n)
     _down(rec, h, counted, rows if rows.dim() == 3 else rows[None])
@@ -792,6 +855,19 @@ def _check_settings(labels, tokens, chunk, on_interrupt, on_nan, every, mc_sampl
     if mc_samples > 1 and labels != "sample": raise ValueError(f'mc_samples={mc_samples} draws labels, but labels="{labels}" draws none; use labels="sample"')
     if labels not in ("sample", "data", "exact"): raise ValueError(f'labels must be "sample", "data" or "exact", not {labels!r}')
     if tokens not in ("cls", "all"): raise ValueError(f'tokens must be "cls" or "all", not {tokens!r}')
+
+# %% ../nbs/02_kfac.ipynb #f5d2kf03
+def _check_cut(model, **asked): # argument -> whether it was asked for
+    "ValueError for what a model that FSDP2 has cut up cannot do. Returns whether it is one."
+    bad = [k for k, on in asked.items() if on]
+    if (cut := bool(_cut_up(model))) and bad: raise ValueError(f"this model is cut up by FSDP, and all its processes must make every pass together, so {bad[0]} is not possible; leave that out, or spread the model with device_map")
+    return cut
+
+@contextlib.contextmanager
+def _opened(model, batches, alone=False): # as for `collect`
+    "(stream, first, total, peers) of a pass over data, in a distributed run over that of all processes; the model is frozen inside."
+    _check_cut(model, **{"alone=True": alone}); peers = None if alone else _peers()
+    with frozen(model), peers or contextlib.nullcontext(): yield *(peers.batches(batches) if peers else _batches(batches)), peers
 
 # %% ../nbs/02_kfac.ipynb #331c28e9
 def collect(model, # a transformers model, or the id or folder of a causal one
@@ -823,10 +899,9 @@ def collect(model, # a transformers model, or the id or folder of a causal one
     if outside: raise ValueError(f"{outside[0]} lies outside the blocks; collect works on the matrices inside them")
     _check_finite(model, chosen)
     if any(p.is_inference() for p in model.parameters()): raise ValueError("this model was made inside torch.inference_mode(), so nothing can flow back through it; load it outside of that")
-    peers, sums = None if alone else _peers(), _device(sums)
-    if peers and snapshot: snapshot = peers.own(snapshot)
-    with frozen(model), peers or contextlib.nullcontext(), _locked(pathlib.Path(snapshot)) if snapshot else contextlib.nullcontext():
-        stream, first, total = peers.batches(batches) if peers else _batches(batches)
+    sums = _device(sums)
+    with _opened(model, batches, alone) as (stream, first, total, peers):
+        if peers and snapshot: snapshot = peers.own(snapshot)
         return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt, on_nan=on_nan, snapshot=snapshot, every=every, stop=.01 if stop == "converged" else stop, peers=peers, sums=sums, mc_samples=mc_samples)
 
 # %% ../nbs/02_kfac.ipynb #5e75f0ad
@@ -855,8 +930,8 @@ class _Sums:
 # %% ../nbs/02_kfac.ipynb #f5659e84
 class _Run(_Sums):
     "What a collection has got: sums, counters, and the hash of the data they come from."
-    def __init__(self, rec, other=None, stop=None): # as for `_Sums`
-        super().__init__(rec, other, stop)
+    def __init__(self, rec, other=None, stop=None, in_step=False): # as for `_Sums`; do all processes make every pass together?
+        super().__init__(rec, other, stop); self.in_step = in_step
         self.seen, self.most, self.done, self.read = Counter(), None, 0, 0       # rows, the largest batch that fits, positions with a label, batches read
         self.whole = True                                                    # False while the batches of a snapshot are read
         self.skipped, self.digest, self.all = [], hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
@@ -900,7 +975,7 @@ def _passes(run, stream, bar, draw, one, skip, path, whose, every):
             since += size
             if path and since >= every: _write_snapshot(path, whose, run.sets, run.seen, run.state()); since = 0
         bar.update(size); bar.set_postfix(dict(skipped=len(run.skipped)) if run.skipped else {}, refresh=False, **(dict(agreement=f"{run.checks[-1][1]:.4f}") if run.checks else {}))
-        if run.whole and run.converged: break
+        if run.whole and run.converged and not run.in_step: break
     if goal and run.read < goal["read"]: raise ValueError(f"{path} holds {goal['read']} batches, but the data has only {run.read}: it is not the data that the snapshot comes from")
     if path and since: _write_snapshot(path, whose, run.sets, run.seen, run.state())
 
@@ -912,13 +987,12 @@ def _same_data(run, goal, path):
 
 # %% ../nbs/02_kfac.ipynb #9fa6e7ef
 def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, progress, on_interrupt, recorder=_Recorder, result=_result, on_nan="raise", snapshot=None, every=0, stop=None, peers=None, sums=None, mc_samples=1):
+    cut = _check_cut(model, **{'labels="exact"': labels == "exact", 'on_nan="skip"': on_nan == "skip", "snapshot=": snapshot, 'on_interrupt="return"': on_interrupt == "return"})
     device, accepts = _entry(model), inspect.signature(getattr(model, "base_model", model).forward).parameters
     prepare = lambda b: _text(b, model, device, accepts) if "input_ids" in b else _image(b, model, device, tokens, labels)
     small = prepare({k: v[:1, :5] if k != "pixel_values" and v.dim() > 1 else v[:1] for k, v in first.items() if torch.is_tensor(v)})[0]
     small.pop("attention_mask", None); small.pop("position_ids", None)       # a few tokens, to look at the model's wiring
-    trunk, head, chunked = split_head(model, small)
-    if "input_ids" in small: _check_causal(trunk, small, model)
-    if tokens == "cls" and "pixel_values" in small: _check_cls(model, trunk, small, targets)
+    trunk, head, chunked = _wired(model, small, targets, tokens)
     probe = _probe
     if any(t.role == "expert" for t in targets):
         from curvtools.experts import ways
@@ -929,7 +1003,7 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     places = {sums} if sums else {_home(model.get_submodule(t.name)) for t in targets if t.expert is None}
     free = {d: available_memory(d) for d in {device, *places}}
     if sums: recorder = functools.partial(recorder, sums=sums)
-    rec = recorder(model, targets, leader); run = _Run(rec, recorder(model, targets, leader) if stop else None, stop)
+    rec = recorder(model, targets, leader); run = _Run(rec, recorder(model, targets, leader) if stop else None, stop, bool(peers and cut))
     about = _forecast(rec, first, small, kept, width, chunk, chunked)
     _check_room(about, rec, first, device, free, (on_nan == "skip") + bool(stop))
     progress = progress and not (peers and peers.rank)
@@ -938,9 +1012,10 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     if peers: peers.agree(prints, dict(labels=labels, seed=seed, tokens=tokens, mc_samples=mc_samples))
     finish = lambda: result(model, targets, run.together(), prints, dict(_meta(model, labels, seed, run.digest.hexdigest(), run.n, run.skipped, run.checks), **({} if "input_ids" in small else dict(tokens=tokens)), **(dict(mc_samples=mc_samples) if mc_samples > 1 else {}), **(dict(processes=peers.size) if peers else {})))
     path, whose = snapshot and pathlib.Path(snapshot), snapshot and _whose(model, targets, labels=labels, seed=seed, tokens=tokens, chunk=chunk, stop=stop, mc_samples=mc_samples)
-    one = lambda drawn: _one_batch(rec, trunk, head, drawn, labels, chunk, run.read + 1)
+    one = lambda drawn: _one_batch(rec, trunk, head, drawn, labels, chunk, run.read + 1, mc_samples * run.in_step)
+    if run.in_step: stream, one = peers.in_step(stream, run, lambda: one(_idle(prepare(first)))), _whole_batch(one)
     try:
-        with rec, tqdm(total=total, unit=" tok", unit_scale=True, desc="collect", disable=not progress, delay=1) as bar:
+        with _locked(path) if path else contextlib.nullcontext(), rec, tqdm(total=total, unit=" tok", unit_scale=True, desc="collect", disable=not progress, delay=1) as bar:
             _passes(run, stream, bar, lambda b: _drawn(prepare(b), labels, seed, run.seen, mc_samples), one, on_nan == "skip", path, whose, every)
     except BaseException as e:
         if peers and run.whole and on_interrupt == "return" and isinstance(e, KeyboardInterrupt): peers.reduce(run)

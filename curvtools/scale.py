@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import re
 import time
 import zlib
@@ -79,6 +80,15 @@ class Shard:
     def tokens(self): return None if (n := getattr(self.items, "tokens", None)) is None else n // self.size
     def __repr__(self): return f"Shard {self.rank} of {self.size} of {self.items!r}"
 
+@contextlib.contextmanager
+def _joined():
+    "Processes that torchrun or `accelerate launch` has started find each other inside. Yields whether this is the one that speaks and writes."
+    on = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ and not dist.is_initialized()
+    if on and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if on: dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try: yield not (dist.is_initialized() and dist.get_rank())
+    finally: on and dist.destroy_process_group()
+
 def shard(items, # batches, documents, or a data set of `datasets`, streaming or not
           rank:int=None, # which part; None: this process's in a distributed run
           size:int=None # of how many; None: as many as there are processes
@@ -146,6 +156,16 @@ def _own(self, snapshot):
     if sizes - {self.size}: raise ValueError(f"{path} is of {max(sizes - {self.size})} process(es), these are {self.size}: start as many, or give this run a path of its own")
     return path.with_name(f"{path.name}.{self.rank}of{self.size}")
 Peers.own = _own
+
+# %% ../nbs/26_scale.ipynb #f5d20002
+def _in_step(self, stream, run, idle):
+    "The own batches, and where they are at an end, or enough, passes of which nothing counts for as long as another process has some."
+    for i in itertools.count():
+        b = None if run.converged else next(stream, None)
+        if not any(self.all(f"pass {i}", b is not None)): return
+        if b is None: idle()
+        else: yield b
+Peers.in_step = _in_step
 
 # %% ../nbs/26_scale.ipynb #d78115ff
 def _in_groups(targets, # of `find_targets`

@@ -6,7 +6,7 @@
 __all__ = ['Target', 'block_list', 'Targets', 'find_targets', 'weight', 'write_weight', 'fingerprint']
 
 # %% ../nbs/00_targets.ipynb #872b8368
-import re, html, hashlib
+import re, html, hashlib, sys
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -147,6 +147,11 @@ def _stored(m, name):
     p, hook = m._parameters.get(name), _offload(m)
     return hook.weights_map[name] if hook and p is not None and p.is_meta else p
 
+def _cut_up(model):
+    "Names of the modules that FSDP2 (`fully_shard`) has cut up over the processes."
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return {n: m for n, m in model.named_modules() if isinstance(m, fsdp.FSDPModule)} if fsdp else {}
+
 def _home(m):
     "The device that a module computes on."
     hook = _offload(m)
@@ -155,7 +160,7 @@ def _home(m):
 # %% ../nbs/00_targets.ipynb #3b02d01c
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = {"FalconLinear"} # subclasses of Linear whose own forward computes W x + b all the same
-_SHARDED = "only a shard of the weight is in this process (FSDP or tensor parallelism); load the model whole in every process, or spread over the devices of one process with device_map"
+_SHARDED = "only a shard of it is in this process; cut the model up with fully_shard (FSDP2, which gathers linear maps whole), spread it over the devices of one process with device_map, or load it whole in every process"
 _QUANT = re.compile("4bit|8bit|gptq|awq|quantlinear|quantized|hqq|eetq|fp8|aqlm|bitlinear", re.I)
 
 def _layout(m):
@@ -171,14 +176,15 @@ def _wrapped(m):
     if packed or (_QUANT.search(cls) and hasattr(m, "weight")) or ".quantized." in type(m).__module__:
         return f"{cls}: quantised weights; load the model without quantisation"
 
-def _obstacle(m):
+def _obstacle(m, fsdp=False): # fsdp: is it in a module that FSDP2 has cut up?
     "Why the weight of a linear map cannot be read and written, None if it can."
     cls, w = type(m).__name__, m._parameters.get("weight")
     if w is None: return f"{cls}: the weight is computed (a parametrization), not stored"
     if w.is_meta and not _offload(m): return "weights on the meta device: not loaded"
     if w.dtype not in _FLOATS: return f"{cls}: quantised weights ({str(w.dtype)[6:]}); load the model without quantisation"
-    if hasattr(w, "full_tensor"): return f"{cls}: {_SHARDED}"
-    if type(w) is not nn.Parameter or w.dim() != 2: return f"{cls}: the weight is a {type(w).__name__} {list(w.shape)}, not a plain matrix (sharded or packed?)"
+    cut = hasattr(w, "full_tensor")
+    if cut and not (fsdp and sum(p.is_shard() for p in w.placements) == 1): return f"{cls}: {_SHARDED}"
+    if type(w) is not nn.Parameter and not cut or w.dim() != 2: return f"{cls}: the weight is a {type(w).__name__} {list(w.shape)}, not a plain matrix (sharded or packed?)"
     if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward and cls not in _PLAIN:
         return f"{cls}: a Linear with a forward of its own, perhaps more than W x + b"
 
@@ -255,7 +261,7 @@ def _walk(model):
     top, keys = block_list(model)[0], []
     if top is not None: keys = list(model.get_submodule(top)._modules)
     rest = {n for _, _, n in _lists(model) if top is not None and not _below(n, top) and not _below(top, n)}
-    owners = {}
+    owners, cut = {}, _cut_up(model)
     for n, p in model.named_parameters(remove_duplicate=False): owners.setdefault(id(p), []).append(n)
     found, bad, skip = [], [], None
     for name, m in model.named_modules():
@@ -266,7 +272,7 @@ def _walk(model):
         elif not _layout(m): bad += _bare(name, m, block >= 0)
         else:
             also = [n for n in owners.get(id(m._parameters.get("weight")), []) if n != f"{name}.weight"]
-            if why := _obstacle(m) or _misplaced(path, also): bad.append((name, why)); skip = name
+            if why := _obstacle(m, any(_below(name, c) for c in cut)) or _misplaced(path, also): bad.append((name, why)); skip = name
             else: found.append((name, m, block, path))
     return found, bad, len(keys)
 
@@ -472,6 +478,7 @@ def find_targets(model:nn.Module, # any torch model with linear maps; transforme
 # %% ../nbs/00_targets.ipynb #80a969f6
 def _param(model, t):
     "The tensor that stores a target's matrix: a parameter, or an expert's part of one. ValueError if this model has none such."
+    for m in _cut_up(model).values(): m.reshard()                          # after a pass some may still be whole, and what is written into those is lost
     if t.expert is not None: return _part_of_stack(model, t)
     try: m = model.get_submodule(t.name)
     except AttributeError as e: raise ValueError(f"the model has no module {t.name}; was the target found in another model?") from e
@@ -497,22 +504,39 @@ def _module(model, name):
     return model.get_submodule(name)
 
 # %% ../nbs/00_targets.ipynb #e2cfb7b9
+def _view(model, t): # [d_out, d_in]
+    "A target's matrix as stored, seen as y = W x; under FSDP2 this process's part of it (a DTensor)."
+    p = _param(model, t).detach()
+    return p if t.layout in ("linear", "expert") else p.T
+
+def _full(x):
+    "A tensor; under FSDP2 gathered from all processes, which must all come here."
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
 def weight(model:nn.Module, target:Target) -> Tensor: # W [d_out, d_in], a detached view
-    "The matrix of a target in the orientation y = W x, without a copy."
-    p = _param(model, target).detach()
-    return p if target.layout in ("linear", "expert") else p.T
+    "The matrix of a target in the orientation y = W x, without a copy. Under FSDP2 a copy, gathered: every process must call."
+    return _full(_view(model, target))
+
+def _fill(p, W):
+    "Copy W into a parameter, under FSDP2 this process's part."
+    if hasattr(p, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+        W = distribute_tensor(W.to(p.device, p.dtype), p.device_mesh, p.placements, src_data_rank=None)
+    p.copy_(W)
 
 def _check_writable(model, t):
     "ValueError where a weight is read from a disk each time, so that what is written into it is lost."
     m = model.get_submodule(t.name if t.expert is None else _stack(t).rpartition(".")[0])
-    if (hook := _offload(m)) and t.expert is None and hook.weights_map["weight"].data_ptr() != hook.weights_map["weight"].data_ptr(): raise ValueError(f"{t.name} is offloaded to a disk, where an edit would be lost; load the model with this block in memory (device_map, max_memory)")
+    if not (hook := _offload(m)) or t.expert is not None: return
+    once, again = hook.weights_map["weight"], hook.weights_map["weight"]      # both alive, or the second may lie where the first was
+    if once.data_ptr() != again.data_ptr(): raise ValueError(f"{t.name} is offloaded to a disk, where an edit would be lost; load the model with this block in memory (device_map, max_memory)")
 
 def write_weight(model:nn.Module, target:Target,
                  W:Tensor): # [d_out, d_in]; cast to the parameter's dtype and device
     "Copy W into the model, in place. ValueError if the shape is not the target's."
     if tuple(W.shape) != (target.d_out, target.d_in): raise ValueError(f"{target.name} is [{target.d_out}, {target.d_in}], got {list(W.shape)}")
     _check_writable(model, target)
-    with torch.no_grad(): weight(model, target).copy_(W)
+    with torch.no_grad(): _fill(_view(model, target), W)
 
 # %% ../nbs/00_targets.ipynb #7f05a005
 def _put_back(pairs): # (tensor, what it shall hold)
@@ -521,7 +545,7 @@ def _put_back(pairs): # (tensor, what it shall hold)
     with torch.no_grad():
         for t, v in pairs:
             for last in (False, True):
-                try: t.detach().copy_(v); break
+                try: _fill(t.detach(), v); break
                 except BaseException as e:
                     if not isinstance(e, Exception): stop = e               # Ctrl-C waits until all are written
                     if last: failed.append(e)
@@ -531,7 +555,7 @@ def _put_back(pairs): # (tensor, what it shall hold)
 # %% ../nbs/00_targets.ipynb #13c34fdf
 def fingerprint(model:nn.Module, target:Target) -> str: # 16 hexadecimal digits
     "Hash (blake2b) of a target's weight as stored: bytes, shape and dtype."
-    p = _param(model, target).detach()
+    p = _full(_param(model, target).detach())
     h = hashlib.blake2b(f"{tuple(p.shape)} {p.dtype}".encode(), digest_size=8)
     h.update(p.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()

@@ -80,7 +80,33 @@ SCENES = """
         m = tiny("llama")
         for block in m.model.layers: fully_shard(block)
         return fully_shard(m)
-    scene("fsdp", lambda: collect(cut_up(), shard(batches()), **kw))
+    sharded = cut_up()
+    scene("fsdp", lambda: collect(sharded, shard(batches()), "all", **kw))
+    scene("fsdp, one has nothing", lambda: collect(sharded, batches() if rank == 1 else [], labels="data", **kw))
+    scene("fsdp, three labels", lambda: collect(sharded, shard(batches()), mc_samples=3, **kw))
+    scene("fsdp, stops", lambda: collect(sharded, shard(batches()), stop=.5, **kw))
+    scene("fsdp, moments", lambda: second_moments(sharded, box["basis"], shard(batches()), progress=False))
+    def edited():
+        kept = [(p, p.requires_grad) for p in sharded.parameters()]
+        before = {n: p.full_tensor().clone() for n, p in sharded.named_parameters()}
+        plain, edit = tiny("llama"), box["fsdp"].eigen(sharded, progress=False).keep(rho=.5, blocks=[1])
+        with edit.applied(sharded), edit.applied(plain, force=True):
+            out, want = (m(batches()[1]).logits for m in (sharded, plain)); moved = float((tiny("llama")(batches()[1]).logits - want).abs().max())
+        for m in sharded.modules(): m.reshard() if hasattr(m, "reshard") else None
+        same = all(torch.equal(p.full_tensor(), before[n]) for n, p in sharded.named_parameters()) and all(p.requires_grad == f for p, f in kept)
+        return dict(off=float((out - want).abs().max()), moved=moved, same=same)
+    scene("fsdp, edited", edited)
+    pathlib.Path(f"edited.{rank}").write_text(json.dumps(box["fsdp, edited"]))
+    def trained():                                                               # gradients flow as before a collection
+        loss = sharded(batches()[1]).logits.square().mean(); loss.backward(); return {n: p.grad.full_tensor() for n, p in sharded.named_parameters()}
+    def plainly(): m = tiny("llama"); m(batches()[1]).logits.square().mean().backward(); return {n: p.grad for n, p in m.named_parameters()}
+    scene("fsdp, trains", lambda: 1/0 if any(not torch.allclose(g, plainly()[n], atol=1e-12) for n, g in trained().items()) else None)
+    for name, kws in (("exact", dict(labels="exact")), ("skip", dict(on_nan="skip")), ("snapshot", dict(snapshot="no")), ("alone", dict(alone=True)), ("interrupt", dict(on_interrupt="return"))): scene(f"fsdp {name}", lambda: collect(sharded, shard(batches()), **kws, **kw))
+    def sliced():
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+        return parallelize_module(tiny("llama"), init_device_mesh("cpu", (2,)), {f"model.layers.*.mlp.{p}_proj": way() for p, way in dict(gate=ColwiseParallel, up=ColwiseParallel, down=RowwiseParallel).items()})
+    scene("sliced", lambda: collect(sliced(), shard(batches()), **kw))
     dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=4))
     if rank == 1: _peers(); os._exit(7)                                      # it was there, and is killed
     scene("killed", lambda: collect(model, shard(batches()), **kw))
@@ -115,7 +141,8 @@ def both(at, name):
     return a
 
 
-@pytest.mark.parametrize("name,kw", [("all", dict(targets="all")), ("data", dict(labels="data")), ("empty", {}), ("experts", dict(targets="experts")), ("resumed", {}), ("skipped", {})])
+@pytest.mark.parametrize("name,kw", [("all", dict(targets="all")), ("data", dict(labels="data")), ("empty", {}), ("experts", dict(targets="experts")), ("resumed", {}), ("skipped", {}),
+                                     ("fsdp", dict(targets="all")), ("fsdp, one has nothing", dict(labels="data")), ("fsdp, three labels", dict(mc_samples=3))])
 def test_equal_to_one_process(two, name, kw):
     got, one = both(two, name), collect(tiny("mixtral" if name == "experts" else "llama"), batches(), progress=False, **kw)
     assert near(got, one) and got.meta["processes"] == 2 and got.meta["batches"] == 7
@@ -140,6 +167,17 @@ def test_stops_by_itself(two):
     assert got.meta["agreement"] <= 2 and got.meta["batches"] <= 7
 
 
+def test_cut_up_by_fsdp(two):
+    "What one process has to stop for the other stops for too; moments; an edit written piece by piece."
+    from curvtools.baselines import Moments
+    assert both(two, "fsdp, stops").meta["batches"] <= 7
+    a, b = Moments.load(two/"fsdp, moments.0"), Moments.load(two/"moments.0")
+    assert all(torch.allclose(a[n], b[n], rtol=1e-8) for n in b)
+    for r in range(2):
+        said = json.loads((two/f"edited.{r}").read_text())
+        assert said["off"] < 1e-12 and said["moved"] > 1e-3 and said["same"]
+
+
 def test_alone(two):
     for name in ("alone.0", "uninitialised but alone.0", "uninitialised but alone.1"): assert near(Factors.load(two/name), collect(tiny("llama"), batches(2), progress=False))
 
@@ -162,7 +200,8 @@ def test_a_row_in_two_processes_has_the_same_draw_twice():
 
 
 @pytest.mark.parametrize("name,match", [("not initialised", "init_process_group"), ("nothing", "no process has a batch"), ("same", r"0 and 1 begin with the same batch.*shard"), ("seed", "0 and 1 .*other seed"), ("weights", "other weights"),
-                                        ("fails", "the text is gone"), ("cut", "down"), ("others", "of 3 process.*these are 2"), ("fsdp", "FSDP.*device_map")])
+                                        ("fails", "the text is gone"), ("cut", "down"), ("others", "of 3 process.*these are 2"), ("sliced", "FSDP2.*device_map"),
+                                        ("fsdp exact", "labels=.exact.*not possible"), ("fsdp skip", "on_nan"), ("fsdp snapshot", "snapshot"), ("fsdp alone", "alone"), ("fsdp interrupt", "on_interrupt")])
 def test_said_in_both(two, name, match):
     import re
     for w in words(two, name): assert re.search(match, w), w
@@ -170,7 +209,7 @@ def test_said_in_both(two, name, match):
 
 def test_a_killed_process_is_missed(two):
     assert "process 1 of 2 has not been heard of for 4 s" in words(two, "killed")[0]
-    assert {k for k in json.loads((two/"words.0").read_text())} == {"not initialised", "nothing", "same", "seed", "weights", "fails", "cut", "others", "fsdp", "killed"}
+    assert {k for k in json.loads((two/"words.0").read_text())} == {"not initialised", "nothing", "same", "seed", "weights", "fails", "cut", "others", "sliced", "fsdp exact", "fsdp skip", "fsdp snapshot", "fsdp alone", "fsdp interrupt", "killed"}
 
 
 def test_eigenvectors(two):
@@ -283,6 +322,19 @@ def test_offloaded_blocks(how, tmp_path):
     assert torch.equal(weight(model, t), before)
     again = collect(model, batches(), snapshot=tmp_path/"snap", **kw)        # the snapshot's hash of an offloaded model is that of a whole one
     assert near(collect(plain, batches(), snapshot=tmp_path/"snap", **kw), again, 0)
+
+
+@pytest.mark.parametrize("how", ["command", "accelerate"])
+def test_started_by_torchrun(how, tmp_path):
+    "The command by itself, of which one process speaks and writes; and a script whose processes accelerate lets find each other (`accelerate launch` sets the same variables)."
+    from curvtools.zoo import playground
+    pg, script = playground(), tmp_path/"script.py"
+    script.write_text("import accelerate; a = accelerate.Accelerator(cpu=True)\nfrom curvtools.all import *\npg = playground()\nf = collect(pg.model, shard(pg.clean[:4096 // pg.clean.length]), blocks=[2], progress=False)\nif a.is_main_process: f.save('f'); print('written:')\na.end_training()")
+    what = ["-m", "curvtools.cli", "collect", "playground", "--blocks", "2", "--tokens", "4096", "--out", "f"] if how == "command" else [str(script)]
+    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *what], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(TESTS.parent)), timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    got, one = Factors.load(tmp_path/"f"), collect(pg.model, pg.clean[:4096 // pg.clean.length], blocks=[2], progress=False)
+    assert near(got, one, 1e-6) and got.meta["processes"] == 2 and ran.stdout.count("written:") == 1
 
 
 def test_sums_elsewhere():

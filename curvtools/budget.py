@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .decompose import _decompose, staircase
 from .kfac import Forecast, _batch, _chunk, _probe, _Recorder, frozen, head_grad, split_head
-from .targets import find_targets
+from .targets import find_targets, _cut_up
 
 # %% ../nbs/25_budget.ipynb #537fb233
 from torch.utils import _pytree
@@ -107,6 +107,7 @@ def forecast(model, # a transformers model; its weights may be on the meta devic
     "What `collect` will hold and compute, from a rehearsal on tensors without numbers. ValueError or TypeError as from `collect`; `.check(available_memory(device))` raises MemoryError if it cannot fit."
     from torch._subclasses.fake_tensor import FakeTensorMode
     if labels not in ("sample", "data"): raise ValueError(f'a forecast knows labels "sample" and "data", not {labels!r}')
+    if _cut_up(model): raise ValueError("a forecast rehearses on an imitation of the model, which FSDP does not allow: ask before fully_shard; on the meta device that costs nothing")
     shape, mode = _shape(batches), FakeTensorMode(allow_non_fake_inputs=True)
     device = next(model.parameters()).device
     small = {k: v[:1, :4].to(device) if k == "input_ids" else v for k, v in _inputs((1, 5) if len(shape) == 2 else (1, *shape[1:])).items()}

@@ -31,6 +31,7 @@ SCENES = """
     torch.set_num_threads(1)
     from datetime import timedelta
     from curvtools.baselines import ekfac, second_moments
+    from curvtools.budget import forecast
     from curvtools.kfac import collect, _peers
     from curvtools.scale import collect_in_groups, eigen_files, eigen_spread, shard
     from tiny import tiny
@@ -102,6 +103,7 @@ SCENES = """
     def plainly(): m = tiny("llama"); m(batches()[1]).logits.square().mean().backward(); return {n: p.grad for n, p in m.named_parameters()}
     scene("fsdp, trains", lambda: 1/0 if any(not torch.allclose(g, plainly()[n], atol=1e-12) for n, g in trained().items()) else None)
     for name, kws in (("exact", dict(labels="exact")), ("skip", dict(on_nan="skip")), ("snapshot", dict(snapshot="no")), ("alone", dict(alone=True)), ("interrupt", dict(on_interrupt="return"))): scene(f"fsdp {name}", lambda: collect(sharded, shard(batches()), **kws, **kw))
+    scene("fsdp forecast", lambda: forecast(sharded, (2, 8)))
     def sliced():
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -201,7 +203,7 @@ def test_a_row_in_two_processes_has_the_same_draw_twice():
 
 @pytest.mark.parametrize("name,match", [("not initialised", "init_process_group"), ("nothing", "no process has a batch"), ("same", r"0 and 1 begin with the same batch.*shard"), ("seed", "0 and 1 .*other seed"), ("weights", "other weights"),
                                         ("fails", "the text is gone"), ("cut", "down"), ("others", "of 3 process.*these are 2"), ("sliced", "FSDP2.*device_map"),
-                                        ("fsdp exact", "labels=.exact.*not possible"), ("fsdp skip", "on_nan"), ("fsdp snapshot", "snapshot"), ("fsdp alone", "alone"), ("fsdp interrupt", "on_interrupt")])
+                                        ("fsdp exact", "labels=.exact.*not possible"), ("fsdp skip", "on_nan"), ("fsdp snapshot", "snapshot"), ("fsdp alone", "alone"), ("fsdp interrupt", "on_interrupt"), ("fsdp forecast", "before fully_shard")])
 def test_said_in_both(two, name, match):
     import re
     for w in words(two, name): assert re.search(match, w), w
@@ -209,7 +211,7 @@ def test_said_in_both(two, name, match):
 
 def test_a_killed_process_is_missed(two):
     assert "process 1 of 2 has not been heard of for 4 s" in words(two, "killed")[0]
-    assert {k for k in json.loads((two/"words.0").read_text())} == {"not initialised", "nothing", "same", "seed", "weights", "fails", "cut", "others", "sliced", "fsdp exact", "fsdp skip", "fsdp snapshot", "fsdp alone", "fsdp interrupt", "killed"}
+    assert {k for k in json.loads((two/"words.0").read_text())} == {"not initialised", "nothing", "same", "seed", "weights", "fails", "cut", "others", "sliced", "fsdp exact", "fsdp skip", "fsdp snapshot", "fsdp alone", "fsdp interrupt", "fsdp forecast", "killed"}
 
 
 def test_eigenvectors(two):

@@ -80,6 +80,7 @@ def _try_out(f:Callable, cases:str, seed:int=0) -> str|None: # what is wrong; ""
         try: got = f(*(a.clone() if isinstance(a, torch.Tensor) else a for a in args))
         except Exception as err: return f"your function raised {type(err).__name__}: {err}"
         if got is None or got is ...: return None
+        if isinstance(got, torch.Tensor) and got.shape != want.shape: return f"it gives the shape {list(got.shape)}, but {list(want.shape)} is wanted"
         if not _is(got, want): return f"for {', '.join(map(_say, args))} it gives {_say(got)}, but {_say(want)} is wanted"
     return ""
 

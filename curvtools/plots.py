@@ -345,6 +345,7 @@ def activation_bands(
         _draw_bands(ax, [r for r in rows if r["block"] == b], kind)
         ax.set_title(f"block {b}, input of {projection}", fontsize="small")
     fig.axes[0].set_ylabel("memorised / clean, " + ("energy share" if kind == "share" else "norm"), fontsize="small")
+    for ax in fig.axes: ax.set_xlabel("input directions, steepest first", fontsize="small")
     _legend(fig, fig.axes[0], ncols=3)
     fig.axes[0].title.set_fontsize("small")
     return fig

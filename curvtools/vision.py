@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .baselines import svd
+from .baselines import svd, _of_rank
 from .data import image_batches
 from .decompose import Basis
 from .edit import Edit, _write_text, planned
@@ -305,9 +305,9 @@ def svd_as_strong(
     ranks=(*(k/20 for k in range(19, 0, -1)), .03, .02, .01), # shares of the rank to try, falling
 ) -> Edit: # the gentlest SVD edit that does, or else the strongest
     "Truncated SVD of the same matrices, as gentle as it can be while it memorises no more than is asked for."
-    noised = pg.images[pg.memorized], pg.noised[pg.memorized]
+    noised, whole = (pg.images[pg.memorized], pg.noised[pg.memorized]), svd(pg.model, list(edit.plan), keep_rank_fraction=1.)
     for k in ranks:
-        out = svd(pg.model, list(edit.plan), keep_rank_fraction=k)
+        out = _of_rank(whole, k)
         with out.applied(pg.model): share = (predict(pg.model, noised[0]) == noised[1]).float().mean().item()
         if share <= memorised: break
     return out
@@ -353,6 +353,7 @@ def vision_sweep(
     controls:bool=True, # the same masks in random directions too
     seed:int=0, # of the random directions
     progress:bool=True, # a bar
+    bases:dict|None=None, # tokens -> Basis of all matrices, where at hand; what is missing is collected from the clean images
 ) -> VisionTable: # rows as of compare_edits, with method, tokens, where, strength and edit
     "One edit for every choice of tokens, blocks and strength. Of the clean images only 500 are scored, to save time; curvature comes from all. The model is left as it was. ValueError where blocks, tokens or strengths are none."
     n, lean = pg.model.config.num_hidden_layers, _lean(pg)
@@ -360,9 +361,10 @@ def vision_sweep(
     if not len(strengths) or not len(tokens) or set(tokens) - {"cls", "all"}: raise ValueError(f'tokens={tokens} and strengths={strengths}: give at least one of each, tokens being "cls" or "all".')
     before, table = lean.scores(), VisionTable()
     todo = [(t, w, r) for t in tokens for w in where for r in strengths]
-    bases = {t: pg.factors(tokens=t, targets="all").eigen(progress=False) for t in tokens}
+    bases = {t: (bases or {}).get(t) or pg.factors(tokens=t, targets="all").eigen(progress=False) for t in tokens}
+    bases = {t: {"K-FAC": b, **({"random": b.random(seed)} if controls else {})} for t, b in bases.items()}
     for t, w, r in tqdm(todo, desc="sweep", disable=not progress):
-        for method, b in {"K-FAC": bases[t], **({"random": bases[t].random(seed)} if controls else {})}.items():
+        for method, b in bases[t].items():
             edit = b.keep(rho=r, blocks=where[w], projections=projections)
             with edit.applied(pg.model): s = lean.scores()
             table.append(dict(name=f"{t}, {w}, {r:g}: {method}", kept=edit.kept, scores=s, change=s.change(before), method=method, tokens=t, where=w, strength=r, edit=edit))

@@ -7,4 +7,20 @@ if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS",
 
 os.environ.setdefault("CURVTOOLS_CACHE", str(pathlib.Path(__file__).parents[1]/".cache"))   # where the real model of `smollm` is kept
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")   # no test asks a hub; where none is to be had, a name that is no model costs a minute of attempts
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+LONG = ["test_notebooks.py", "test_tutorials.py", "test_lab.py", "test_zoo.py", "test_widgets.py", "test_cli.py", "test_vision.py", "test_real.py"]   # first, so that no worker waits for another at the end
+
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda i: LONG.index(i.path.name) if i.path.name in LONG else len(LONG))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    "A file goes to one worker, as its fixtures are made once a file; notebooks share none, so each goes where there is room."
+    from xdist.scheduler import LoadFileScheduling
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid): return nodeid if "test_notebooks.py" in nodeid or "test_tutorials.py" in nodeid else super()._split_scope(nodeid)
+    return Files(config, log) if config.getvalue("dist") == "loadfile" else None

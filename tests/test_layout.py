@@ -2,6 +2,7 @@
 import configparser
 import filecmp
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -106,13 +107,19 @@ def test_the_package_is_typed_and_its_settings_name_it():
     for extra in ("docs", "gguf", "weightwatcher", "lm_eval"): assert settings()[f"{extra}_requirements"].split()
 
 
-def test_the_wheel_holds_what_the_package_needs(tmp_path):
-    "Built from a copy, so that nothing is left here: every module, the bundled models, the Lab's notebook, the mark of a typed package, the command."
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "Built from a copy, so that nothing is left here."
     pytest.importorskip("setuptools", minversion="77")
+    tmp_path = tmp_path_factory.mktemp("wheel")
     for p in ("curvtools", "settings.ini", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md", "CITATION.cff"):
         (shutil.copytree if (ROOT/p).is_dir() else shutil.copy)(ROOT/p, tmp_path/p)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path/"dist", tmp_path], check=True)
-    wheel, = (tmp_path/"dist").glob("*.whl")
+    return next((tmp_path/"dist").glob("*.whl"))
+
+
+def test_the_wheel_holds_what_the_package_needs(wheel):
+    "Every module, the bundled models, the Lab's notebook, the mark of a typed package, the command."
     with zipfile.ZipFile(wheel) as z:
         names = set(z.namelist())
         meta = z.read(next(n for n in names if n.endswith("METADATA"))).decode()
@@ -123,3 +130,21 @@ def test_the_wheel_holds_what_the_package_needs(tmp_path):
     assert "curvtools=curvtools.cli:main" in entry.replace(" ", "") and f"Version: {settings()['version']}" in meta
     assert all(f"Provides-Extra: {x}" in meta for x in ("dev", "docs", "gguf", "lm-eval", "weightwatcher"))
     assert wheel.stat().st_size < 16_000_000
+
+
+ALONE = """
+import pathlib, sys, curvtools, curvtools.all
+from curvtools.cli import _lab_notebook
+assert pathlib.Path(curvtools.__file__).is_relative_to(sys.argv[1]), curvtools.__file__
+curvtools.all.playground(), curvtools.all.load_vit()
+from curvtools.check import exercises; exercises(1)
+print(_lab_notebook("."))
+"""
+
+
+def test_the_wheel_alone_works(wheel, tmp_path):
+    "Unpacked and run from an empty folder, without the repository: all modules, both models, the exercises, the Lab's notebook."
+    (tmp_path/"empty").mkdir()
+    with zipfile.ZipFile(wheel) as z: z.extractall(tmp_path/"site")
+    r = subprocess.run([sys.executable, "-c", ALONE, tmp_path/"site"], cwd=tmp_path/"empty", env=dict(os.environ, PYTHONPATH=str(tmp_path/"site")), capture_output=True, text=True)
+    assert r.returncode == 0 and "curvtools-lab.ipynb" in r.stdout, r.stderr

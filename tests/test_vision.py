@@ -388,7 +388,7 @@ def test_a_checkpoint_knows_of_sam(few, tmp_path):
 # sweep, flips, signature, variants
 
 @pytest.fixture(scope="module")
-def swept(pg): return vision_sweep(pg, strengths=(.9, .6), where={"outer": [0, -1], "last": [2]}, tokens=("all",), progress=False)
+def swept(pg, basis): return vision_sweep(pg, strengths=(.9, .6), where={"outer": [0, -1], "last": [2]}, tokens=("all",), progress=False, bases=dict(all=basis))
 
 
 def test_sweep(pg, swept):
@@ -396,7 +396,7 @@ def test_sweep(pg, swept):
     for mine, other in zip(swept[::2], swept[1::2]): assert mine["kept"] == other["kept"] and mine["strength"] == other["strength"]
     assert swept[0]["scores"].memorised.k > swept[2]["scores"].memorised.k and "all, outer, 0.6: random" in repr(swept)
     one = vision_sweep(pg, strengths=(.9,), where={"mid": [1]}, tokens=("cls",), projections=["fc1"], controls=False, progress=False)
-    assert len(one) == 1 and list(one[0]["edit"].plan) == ["vit.layers.1.mlp.fc1"]
+    assert len(one) == 1 and list(one[0]["edit"].plan) == ["vit.layers.1.mlp.fc1"]                      # its basis was collected
     t = at_memorised(swept, pg, most=.3)
     assert len(t) == 7 and t[0]["change"] is None and [r["name"].strip()[:6] for r in t[2:4]] == ["random", "SVD, a"]
     assert "(not reached)" in at_memorised(swept, pg, most=.001)[1]["name"]

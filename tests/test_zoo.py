@@ -33,6 +33,18 @@ def pg(): return playground()
 
 
 @pytest.fixture(scope="module")
+def factors(pg):
+    "Of the plan's matrices, collected once; `with_factors` hands them to whoever asks the playground for its own."
+    return pg.factors()
+
+
+@pytest.fixture
+def with_factors(pg, factors, monkeypatch):
+    monkeypatch.setattr(pg, "factors", lambda: factors)
+    return pg
+
+
+@pytest.fixture(scope="module")
 def texts(pg, tmp_path_factory):
     "Real text without a download: what the bundled windows say."
     d = tmp_path_factory.mktemp("texts")
@@ -65,8 +77,8 @@ def test_skill_gates(pg):
     assert never.interval[0] <= 1/16 <= never.interval[1], "facts that were never seen are answered at chance"
 
 
-def test_effect_gates(pg):
-    before = {k: v.clone() for k, v in pg.model.state_dict().items()}
+def test_effect_gates(with_factors):
+    pg = with_factors; before = {k: v.clone() for k, v in pg.model.state_dict().items()}
     g = effect_gates(pg).check()
     kfac, chance = (next(x for x in g if x.name.startswith(m) and "perplexity" in x.name) for m in ("K-FAC", "random"))
     assert chance.interval[0] > kfac.interval[1], "the control costs more, beyond both intervals"
@@ -91,9 +103,9 @@ def test_gates_fail_loudly(pg):
     assert zoo._largest_fall([.1, .5, .4, .9, .7]) == pytest.approx(.2) and zoo._largest_fall([]) == 0 == zoo._largest_fall([.1, .1, .2])
 
 
-def test_a_plan_is_found(pg):
+def test_a_plan_is_found(pg, factors):
     "The search on the matrices of the bundled plan comes near it, and what it returns forgets at its price."
-    basis, keep = pg.factors().eigen(pg.model, progress=False), pg.plan["keep"]
+    basis, keep = factors.eigen(pg.model, progress=False), pg.plan["keep"]
     plan = find_plan(pg, basis, candidates=[(keep[0]["blocks"], [kw["projections"] for kw in keep])], first=(keep[0]["rho"],), progress=False)
     assert plan["collect"] == pg.plan["collect"] and [kw["projections"] for kw in plan["keep"]] == [kw["projections"] for kw in keep]
     assert abs(plan["keep"][-1]["rho"] - keep[-1]["rho"]) < .05, "single passages, and with them rho, turn on rounding"
@@ -144,9 +156,9 @@ def test_rule_or_memory(pg):
     assert [g.value for g in rule_or_memory(Oracle(rule_suffix(p, pg.tokenizer)), pg.tokenizer, [p])] == [0, 1, 0]
 
 
-def test_the_rule_comes_back(pg):
+def test_the_rule_comes_back(with_factors):
     "With the edit fewer wrong answers are known by heart and more are read from the context, beyond both intervals; where nothing was planted the wrong answers come neither before nor after."
-    planted, others = pg.noised.where(min_tier=1), pg.noised.where(tier=0)
+    pg = with_factors; planted, others = pg.noised.where(min_tier=1), pg.noised.where(tier=0)
     before, free = rule_or_memory(pg.model, pg.tokenizer, planted), rule_or_memory(pg.model, pg.tokenizer, others)
     with pg.edit().applied(pg.model): after, still = rule_or_memory(pg.model, pg.tokenizer, planted), rule_or_memory(pg.model, pg.tokenizer, others)
     assert after[0].interval[1] < before[0].interval[0] and after[1].interval[0] > before[1].interval[1]

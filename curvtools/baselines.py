@@ -10,6 +10,7 @@ __all__ = ['svd', 'Moments', 'second_moments', 'ekfac', 'identity_basis', 'order
 # %% ../nbs/08_baselines.ipynb #801b61be
 import hashlib, math, weakref
 from collections.abc import Mapping
+from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -44,14 +45,19 @@ def svd(
 ) -> Edit: # its `kept` is the fraction of rank
     "Plan to keep the largest singular values of each weight. Exact SVD in float64; nothing is changed yet."
     share = _share("keep_rank_fraction", keep_rank_fraction)
-    plan = {}
-    for t in find_targets(model, targets, blocks=blocks, projections=projections):
-        k = round(share * min(t.d_out, t.d_in))
-        rows = torch.zeros(t.d_out, dtype=torch.int64)
-        rows[:k] = k
-        if share == 1: rows[:] = t.d_in                           # everything, so that the weight stays bit for bit
-        plan[t.name] = Plan(t, _svd_eigen(model, t), rows)
+    plan = {t.name: Plan(t, _svd_eigen(model, t), _square(t, share)) for t in find_targets(model, targets, blocks=blocks, projections=projections)}
     return Edit(plan, "svd", dict(keep_rank_fraction=float(share), blocks=_listed(blocks), projections=_listed(projections)), dict(basis="svd"))
+
+def _square(target, share) -> Tensor: # rows of a Plan, int64 [d_out]
+    "The pairs i, j < k of the k largest singular values."
+    k, rows = round(share * min(target.d_out, target.d_in)), torch.zeros(target.d_out, dtype=torch.int64)
+    rows[:k] = k
+    if share == 1: rows[:] = target.d_in                          # everything, so that the weight stays bit for bit
+    return rows
+
+def _of_rank(edit:Edit, share:float) -> Edit:
+    "An SVD edit at another strength; nothing is decomposed again."
+    return Edit({n: replace(p, rows=_square(p.target, share)) for n, p in edit.plan.items()}, "svd", dict(edit.settings, keep_rank_fraction=float(share)), edit.meta)
 
 # %% ../nbs/08_baselines.ipynb #7de60275
 def _count(

@@ -97,7 +97,7 @@ def random_ids(model, tokens, vocab=None, length=128):
     return [torch.randint(0, vocab or model.config.vocab_size, (max(1, tokens // length), length + 1), generator=torch.Generator().manual_seed(0))]
 
 
-MODELS = dict(playground=(playground, 4096, 7), smol=(smol, 1024, 5), random_1b=(random_1b, 128, 3))   # how made, tokens, rounds
+MODELS = dict(playground=(playground, 4096, 7), smol=(smol, 1024, 5), random_1b=(random_1b, 256, 3))   # how made, tokens, rounds
 
 
 # ---- collect
@@ -148,8 +148,19 @@ def compare(name, tokens, rounds, until=float("inf")):
     say(f"{name}: profile, several labels, bfloat16")
     out["profile"] = profile(model, batches, targets)
     out["mc"] = more_samples(model, batches, targets)
+    if name == "random_1b": out["further"] = further({k: f for k, f in ways.items() if k in ("curvtools", "kronfluence")}, model, batches, targets)
     if name != "random_1b" or has_bf16(): out["bfloat16"] = lower(model, batches, [few[0][:1, :33]], targets, own)   # emulated, more would take minutes
     return out, model
+
+
+def further(ways, model, batches, targets, times=4, rounds=2):
+    "Seconds that a further token costs, where a call's fixed costs do not count: from as many rows, and from `times` as many, in turn."
+    more = [b.repeat(times, 1) for b in batches]
+    n = sum(b[:, 1:].numel() for b in more) * (1 - 1 / times)
+    out = {k: [] for k in ways}
+    for _ in range(rounds):
+        for k, f in ways.items(): gc.collect(); out[k].append((seconds(lambda: f(model, more, targets))[0] - seconds(lambda: f(model, batches, targets))[0]) / n)
+    return {k: spread(v) for k, v in out.items()}
 
 
 def profile(model, batches, targets, most=8):
@@ -215,6 +226,7 @@ def table(results):
             lines.append(f"{k:<14}{x['tokens_per_s']:>10,.0f}{took:>26}{times:>24}{x['flops']/1e12:>9.3f}{x['share']:>9.0%}{x['peak']/1e6:>9,.0f}{a['A']:>9.0e}{a['G']:>9.0e}")
         if b := r.get("bfloat16"): lines.append(f"in bfloat16: A off by {b['A']:.1e}, G by {b['G']:.1e} (medians over the matrices); " + (f"{b['ratio']['median']:.2f} x the speed of float32" if "ratio" in b else "this processor has no bfloat16 products, so not timed"))
         lines.append("time of collect by operation: " + ", ".join(f"{k} {v:.0%}" for k, v in r["profile"].items()))
+        if q := r.get("further"): lines.append("a further token, without what a call costs once: " + ", ".join(f"{k} {v['median']*1e3:.1f} ms ({v['min']*1e3:.1f} to {v['max']*1e3:.1f})" for k, v in q.items()))
         f = r["mc"]; lines.append("FLOPs of more labels a position: " + ", ".join(f"{k} cost {v / f[min(f)]:.2f} x" for k, v in f.items()))
     for name, r in results["road"].items():
         lines.append(f"\n{name}: {r['matrices']} matrices in {r['blocks']} blocks")

@@ -13,9 +13,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from html import escape
@@ -514,11 +516,15 @@ def _lab_line(a, path:Path) -> list: # the command
     return [sys.executable, "-m", server, str(path), *["--no-browser"]*a.no_browser, *a.more]
 
 def _serve(line:list) -> int: # its exit code
-    "Run a server to its end; it hears Ctrl-C too, and decides."
+    "Run a server to its end; it hears Ctrl-C too, and decides. What ends this command ends it."
     p = subprocess.Popen(line)
-    while True:
-        try: return abs(p.wait())
-        except KeyboardInterrupt: pass
+    main = threading.current_thread() is threading.main_thread()   # where signals arrive
+    old = signal.signal(signal.SIGTERM, lambda *_: p.terminate()) if main else None
+    try:
+        while True:
+            try: return abs(p.wait())
+            except KeyboardInterrupt: pass
+    finally: main and signal.signal(signal.SIGTERM, old)
 
 def _lab(a):
     "curvtools lab"

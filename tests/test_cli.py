@@ -372,6 +372,15 @@ def test_the_server_decides_about_ctrl_c(monkeypatch):
     assert curvtools.cli._serve(["x"]) == 7
 
 
+def test_the_server_ends_with_the_command():
+    "A real SIGTERM: no server is left behind."
+    code = "import sys; from curvtools.cli import _serve; sys.exit(_serve([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(300)']))"
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    server = int(p.stdout.readline()); p.terminate()
+    assert p.wait(60) == 15
+    with pytest.raises(ProcessLookupError): os.kill(server, 0)
+
+
 # --- cancelling -----------------------------------------------------------------------------------------------------------------
 
 def interrupt(*a, **kw): raise KeyboardInterrupt

@@ -60,15 +60,16 @@ def cosine(a, b):
     return dot(a, b) / (dot(a, a) * dot(b, b))**.5
 
 
-def study(model, data, held, keep, rho, **kw):
-    "One row for each doubling of the batches, the last first."
-    sizes, halves, before = [2**k for k in range(1, len(data).bit_length()) if 2**k <= len(data)], {}, None
+def study(model, data, held, keep, rho, least, **kw):
+    "One row for each doubling of the batches from `least` tokens on, the last first."
+    sizes, before = [2**k for k in range(1, len(data).bit_length()) if least <= 2**k * BATCH * LENGTH and 2**k <= len(data)], None
     for n in sizes:
         before = n, halves_at(model, data, n, keep, before, **kw)
         say(f"{n * BATCH * LENGTH:,} tokens collected")
     rows, last, base = [], None, losses(model, held)
     for n in reversed(sizes):
         even, odd = halves_at(model, data, n, keep, None, **kw)
+        say(f"{n * BATCH * LENGTH:,} tokens: eigen")
         basis = (even + odd).eigen(model, dtype=torch.float32, progress=False)
         edit = basis.keep(rho=rho); out = taken_out(edit, model); last = last or out
         row = dict(tokens=n * BATCH * LENGTH, kept=edit.kept, agreement=min(agreement(even, odd, rho), agreement(odd, even, rho)), cosine=cosine(out, last), price=price(edit, model, held, base))
@@ -86,7 +87,8 @@ def main(argv=None):
     p.add_argument("--model", help="folder of a causal model; by default SmolLM2-135M")
     p.add_argument("--blocks", nargs="+", type=int, default=list(range(23, 30)))
     p.add_argument("--rho", type=float, default=.95)
-    p.add_argument("--tokens", type=int, default=262_144)
+    p.add_argument("--tokens", type=int, default=131_072)
+    p.add_argument("--least", type=int, default=4_096, help="tokens of the first row")
     p.add_argument("--keep", type=Path, default=ROOT/".cache"/"convergence", help="folder for the sums")
     p.add_argument("--out", type=Path, default=ROOT/"benchmarks"/"convergence.json")
     a = p.parse_args(argv)
@@ -95,7 +97,7 @@ def main(argv=None):
     rows = in_turn([windows_of(t, tokenizer) for t in a.text])[:a.tokens // LENGTH]
     held = torch.tensor(in_turn([windows_of(t, tokenizer)[:4] for t in a.held])).split(BATCH)
     say(f"{len(rows)} windows of {len(a.text)} texts, {sum(map(len, held))} of {len(a.held)} others")
-    got = study(model, torch.tensor(rows).split(BATCH), held, a.keep, a.rho, targets="mlp", blocks=a.blocks)
+    got = study(model, torch.tensor(rows).split(BATCH), held, a.keep, a.rho, a.least, targets="mlp", blocks=a.blocks)
     meta = dict(model="smol" if not a.model else Path(a.model).name, blocks=a.blocks, rho=a.rho, text=[Path(t).stem for t in a.text], held=[Path(t).stem for t in a.held], versions=versions("torch", "transformers"))
     a.out.write_text(json.dumps(dict(meta, **got), indent=1) + "\n")
 

@@ -61,7 +61,7 @@ def cosine(a, b):
 
 
 def study(model, data, held, keep, rho, least, **kw):
-    "One row for each doubling of the batches from `least` tokens on, the last first."
+    "One row for each doubling of the batches from `least` tokens on, the last first; what there is after each."
     sizes, before = [2**k for k in range(1, len(data).bit_length()) if least <= 2**k * BATCH * LENGTH and 2**k <= len(data)], None
     for n in sizes:
         before = n, halves_at(model, data, n, keep, before, **kw)
@@ -75,7 +75,7 @@ def study(model, data, held, keep, rho, least, **kw):
         row = dict(tokens=n * BATCH * LENGTH, kept=edit.kept, agreement=min(agreement(even, odd, rho), agreement(odd, even, rho)), cosine=cosine(out, last), price=price(edit, model, held, base))
         if n == sizes[-1]: row["random"] = [price(basis.random(seed).keep(fraction=edit.kept), model, held, base) for seed in range(3)]
         rows.append(row); say(row)
-    return dict(perplexity=float(base.mean().exp()), windows=len(base), rows=rows[::-1])
+        yield dict(perplexity=float(base.mean().exp()), windows=len(base), rows=rows[::-1])
 
 
 def main(argv=None):
@@ -97,9 +97,9 @@ def main(argv=None):
     rows = in_turn([windows_of(t, tokenizer) for t in a.text])[:a.tokens // LENGTH]
     held = torch.tensor(in_turn([windows_of(t, tokenizer)[:4] for t in a.held])).split(BATCH)
     say(f"{len(rows)} windows of {len(a.text)} texts, {sum(map(len, held))} of {len(a.held)} others")
-    got = study(model, torch.tensor(rows).split(BATCH), held, a.keep, a.rho, a.least, targets="mlp", blocks=a.blocks)
     meta = dict(model="smol" if not a.model else Path(a.model).name, blocks=a.blocks, rho=a.rho, text=[Path(t).stem for t in a.text], held=[Path(t).stem for t in a.held], versions=versions("torch", "transformers"))
-    a.out.write_text(json.dumps(dict(meta, **got), indent=1) + "\n")
+    for got in study(model, torch.tensor(rows).split(BATCH), held, a.keep, a.rho, a.least, targets="mlp", blocks=a.blocks):
+        a.out.write_text(json.dumps(dict(meta, **got), indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

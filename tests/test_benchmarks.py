@@ -61,3 +61,19 @@ def test_the_script_for_a_gpu_runs_here(tmp_path):
     gpu.main(["--tiny", "--device", "cpu", "--no-suite", "--out", str(out)])
     r = json.loads(out.read_text())
     assert r["device"] == "cpu" and r["collect"] and r["eigh"] and r["strips"] and not r["tests"]
+
+
+def test_tokens_for_the_same_edit(tmp_path, monkeypatch):
+    "The study in small: rows from few tokens to many, the sums of an interrupted run taken up, the model as it was."
+    from tiny import V, tiny
+
+    from benchmarks import convergence
+    monkeypatch.setattr(convergence, "LENGTH", 16)
+    model, ids = tiny("llama", torch.float32), torch.randint(3, V, (16, 17), generator=torch.Generator().manual_seed(0))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    do = lambda data: list(convergence.study(model, data.split(2), ids[:4].split(2), tmp_path, .5, 64, blocks=[1]))[-1]["rows"]
+    first, rows = do(ids[:8]), do(ids)
+    assert [r["tokens"] for r in rows] == [64, 128, 256] and [r["tokens"] for r in first] == [64, 128]
+    assert abs(rows[-1]["cosine"] - 1) < 1e-6 and all(0 < r["cosine"] < 1 for r in rows[:-1]) and len(rows[-1]["random"]) == 3
+    assert all(lo <= v <= hi for r in rows for v, lo, hi in [r["price"]]) and rows[0]["agreement"] == first[0]["agreement"]
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

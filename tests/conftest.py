@@ -3,6 +3,8 @@ import os
 import pathlib
 import signal
 
+import pytest
+
 if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))   # before torch; also for kernels that tests start
 
 os.environ.setdefault("CURVTOOLS_CACHE", str(pathlib.Path(__file__).parents[1]/".cache"))   # where the real model of `smollm` is kept
@@ -24,3 +26,9 @@ def pytest_xdist_make_scheduler(config, log):
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid): return nodeid if "test_notebooks.py" in nodeid or "test_tutorials.py" in nodeid else super()._split_scope(nodeid)
     return Files(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@pytest.fixture(autouse=True)
+def _own_ctrl_c():
+    "What a test, or a notebook that is run as one, has left behind for Ctrl-C is not there for the next: a real SIGINT in that would end the worker."
+    signal.signal(signal.SIGINT, signal.default_int_handler)

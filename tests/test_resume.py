@@ -205,8 +205,8 @@ def test_memory_runs_out(where):
 
 
 def test_one_window_alone_does_not_fit():
-    model = tiny("llama"); too_much(model, 5, ("up", 1)); before = look(model)
-    with pytest.raises(torch.OutOfMemoryError, match="one window of 9 tokens.*shorter.*blocks.*chunk"): collect(model, [IDS], **KW)
+    model = tiny("llama"); too_much(model, 9, ("up", 1)); before = look(model)
+    with pytest.raises(torch.OutOfMemoryError, match="one window of 27 tokens.*shorter.*blocks.*chunk"): collect(model, [IDS.repeat(1, 3)], **KW)
     assert same(before, look(model))
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .targets import Target, block_list, find_targets, fingerprint, weight, _cut_up, _home, _module, _read_target, _stored
+from .targets import Target, block_list, find_targets, fingerprint, weight, _below, _cut_up, _home, _module, _read_target, _stored
 
 # %% ../nbs/02_kfac.ipynb #a1c7e0d2
 def _strips(d, device): # one product on a GPU must fill it: fewer there
@@ -333,7 +333,7 @@ def _batches(batches, empty=False):
 def _gathered(model, trunk):
     "The trunk where FSDP2 has cut the model up: what lies outside of the blocks is gathered before it runs, and before a gradient comes down."
     top = block_list(model)[0]
-    outer = [m for n, m in _cut_up(model).items() if not (top and n.startswith(f"{top}."))]
+    outer = [m for n, m in _cut_up(model).items() if not _below(n, top)]
     if not outer: return trunk
     def gather(*_):
         for m in outer: m.unshard()

@@ -147,10 +147,18 @@ def _stored(m, name):
     p, hook = m._parameters.get(name), _offload(m)
     return hook.weights_map[name] if hook and p is not None and p.is_meta else p
 
+def _is_cut(m): return (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None and isinstance(m, fsdp.FSDPModule)
+
 def _cut_up(model):
-    "Names of the modules that FSDP2 (`fully_shard`) has cut up over the processes."
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return {n: m for n, m in model.named_modules() if isinstance(m, fsdp.FSDPModule)} if fsdp else {}
+    "The modules, by name, that FSDP2 (`fully_shard`) has cut up over the processes."
+    return {n: m for n, m in model.named_modules() if _is_cut(m)}
+
+def _way_to(model, name):
+    "The model and the modules on the way down to a name, as far as there are any."
+    yield (m := model)
+    for part in name.split("."):
+        if (m := m._modules.get(part)) is None: return
+        yield m
 
 def _home(m):
     "The device that a module computes on."
@@ -478,7 +486,7 @@ def find_targets(model:nn.Module, # any torch model with linear maps; transforme
 # %% ../nbs/00_targets.ipynb #80a969f6
 def _param(model, t):
     "The tensor that stores a target's matrix: a parameter, or an expert's part of one. ValueError if this model has none such."
-    for m in _cut_up(model).values(): m.reshard()                          # after a pass some may still be whole, and what is written into those is lost
+    for m in filter(_is_cut, _way_to(model, t.name)): m.reshard()          # after a pass some may still be whole, and what is written into those is lost
     if t.expert is not None: return _part_of_stack(model, t)
     try: m = model.get_submodule(t.name)
     except AttributeError as e: raise ValueError(f"the model has no module {t.name}; was the target found in another model?") from e

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from torch import Tensor
-from .targets import Target, fingerprint, weight, write_weight, _check_writable, _put_back, _read_target, _view
+from .targets import Target, fingerprint, fingerprints, weight, write_weight, _check_writable, _put_back, _read_target, _view
 from .decompose import Basis, Eigen, Staircase, check_weights, coefficients
 from .decompose import _block, _one_of, _pick
 from .kfac import _check_notes, _html_table, _table, _unbroken, load_tensors, save_tensors
@@ -160,7 +160,7 @@ class Applied:
             self._write(self.original, self.edited)
             self.active = False
         return self
-    def _fingerprints(self): return {k: fingerprint(self.model, p.target) for k, p in self.edit.plan.items()}
+    def _fingerprints(self): return fingerprints(self.model, [p.target for p in self.edit.plan.values()])
     def _expect(self, then:dict):
         bad = [k for k, f in self._fingerprints().items() if f != then[k]]
         if bad: raise RuntimeError(f"{bad[0]}: the weights are no longer what this edit left behind; undo the later edit first")

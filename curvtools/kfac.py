@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .targets import Target, block_list, find_targets, fingerprint, weight, _below, _cut_up, _home, _module, _read_target, _stored
+from .targets import Target, block_list, find_targets, fingerprints, weight, _below, _cut_up, _home, _module, _read_target, _stored
 
 # %% ../nbs/02_kfac.ipynb #a1c7e0d2
 def _strips(d, device): # one product on a GPU must fill it: fewer there
@@ -56,6 +56,14 @@ def add_outer(total:Tensor, # [d, d], float32 or float64; its upper triangle is 
 
 
 # %% ../nbs/02_kfac.ipynb #634fdb71
+def _mirror(m): # [d, d], in place
+    "Below the diagonal what is above it."
+    d, step = len(m), 256 if m.device.type == "cpu" else max(64, -(-len(m) // 4))
+    for i in range(0, d, step):
+        block = m[i:i+step, i:i+step]; block.copy_(block.triu() + block.triu(1).T)
+        for j in range(i + step, d, step): m[j:j+step, i:i+step] = m[i:i+step, j:j+step].T
+    return m
+
 class OuterSum:
     "Running sum of x x^T [d, d] together with the number of rows in it; float32 at least, whatever the model's dtype. `sum` holds the upper triangle, `full()` both."
     def __init__(self, d:int, # size of the rows
@@ -69,11 +77,7 @@ class OuterSum:
         if x.device == self.sum.device: add_outer(self.sum, x)
         else: x = x.to(self.sum.dtype); self.sum += (x.T @ x).to(self.sum.device)   # made where the rows are, kept elsewhere
         self.adds += 1; self.count += len(x) if n is None else n
-    def full(self):
-        for i, j in _strips(len(self.sum), self.sum.device):
-            block = self.sum[i:j, i:j]; block.copy_(block.triu() + block.triu(1).T)
-            self.sum[j:, i:j] = self.sum[i:j, j:].T
-        return self.sum                              # [d, d], in place
+    def full(self): return _mirror(self.sum)         # [d, d], in place
     def mean(self): return self.full() / self.count  # [d, d]
     def take(self): return self.full().div_(max(self.count, 1))   # the same without a copy; the sum is used up
 
@@ -362,9 +366,9 @@ def _split(model, inputs):
     head, base = (model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None), getattr(model, "base_model", model)
     if "input_ids" not in inputs: return whole, lambda h: h, False, None
     trunk = _gathered(model, lambda **kw: base(**kw).last_hidden_state)
-    with torch.no_grad():
-        with _heard(base, inputs) as out: want = whole(**inputs)
-        if not isinstance(head, nn.Linear) or base is model: return whole, lambda h: h, False, want
+    with _heard(base, inputs) as out: want = whole(**inputs)
+    if not isinstance(head, nn.Linear) or base is model: return whole, lambda h: h, False, want
+    with torch.no_grad():                                                    # a pass to compare with is not a second one that is looked at
         h = out[0].last_hidden_state if len(out) == 1 and hasattr(out[0], "last_hidden_state") else trunk(**inputs)
         got = head(h) if h.shape[-1] == head.in_features else None
     same = got is not None and got.shape == want.shape and torch.equal(got.to(want), want)  # the same operations on the same numbers: to the bit
@@ -375,7 +379,7 @@ def split_head(model:nn.Module, # a transformers model
                inputs:dict # keyword arguments of a small forward pass, for the check
               )->tuple: # trunk(**inputs) -> [..., d], head([n, d]) -> [n, V], chunked: bool
     "Trunk and head of a model such that head(trunk(x)) are its logits; (the model, identity, False) where they are not."
-    return _split(model, inputs)[:3]
+    with torch.no_grad(): return _split(model, inputs)[:3]
 
 # %% ../nbs/02_kfac.ipynb #58d35abe
 def _two_ends(ids): # [1, T]
@@ -428,18 +432,14 @@ def available_memory(device="cpu")->int|None: # bytes; None where it is not know
 # %% ../nbs/02_kfac.ipynb #efcb9f6d
 def _probe(model, trunk, inputs, targets):
     "(leader: dict name -> the first target that reads the same tensor; bytes a position kept for the backward pass; logits' width)"
-    stores = lambda m: {getattr(p, "_local_tensor", p).untyped_storage()._cdata for p in m.parameters()}
-    read, kept, params, cut = [], {}, stores(model), weakref.WeakSet(_cut_up(model).values())   # the graph holds `pack`
-    zero = torch.zeros((), requires_grad=True)
+    read, kept, zero = [], {}, torch.zeros((), requires_grad=True)
     def hook(name):
         def f(m, args, kwargs, out):
             read.append((name, args[0] if args else next(iter(kwargs.values()))))      # held, so that no address is used twice
             return out if out.requires_grad else out + zero.to(out)
         return f
     def pack(t):
-        s = t.untyped_storage()
-        for m in cut: params.update(stores(m))                               # with those gathered just now
-        if s._cdata not in params: kept[s._cdata] = s.nbytes()
+        if not isinstance(t if t._base is None else t._base, nn.Parameter): s = t.untyped_storage(); kept[s._cdata] = s.nbytes()   # a weight is there anyway
         return t
     handles = [model.get_submodule(t.name).register_forward_hook(hook(t.name), with_kwargs=True) for t in targets]
     try:
@@ -464,15 +464,17 @@ def _check_cls(model, trunk, inputs, targets):
     dead = [n for n, g in zip(seen, grads) if g is None or g.dim() != 3 or not g[:, 0].any()]
     if dead: raise ValueError(f"{dead[0]}: the class is not read through the first position there, so CLS-token factors would be zero; {way}, or leave that target out")
 
-def _wired(model, small, targets, tokens):
-    "As `split_head`; ValueError for a language model that is not causal, or an image classifier without a CLS token where that is asked for."
-    if "input_ids" in small:
-        *parts, h = _split(model, dict(small, input_ids=_two_ends(small["input_ids"])))
-        _check_causal(h, model)
-    else:
+def _wired(model, small, targets, tokens, probe=_probe):
+    "What `split_head` gives, then what the probe gives, of text from the same pass; ValueError for a language model that is not causal, or an image classifier without a CLS token where that is asked for."
+    if "input_ids" not in small:
         parts = _split(model, small)[:3]
         if tokens == "cls": _check_cls(model, parts[0], small, targets)
-    return parts
+        return *parts, *probe(model, parts[0], small, targets)
+    parts = []
+    def look(**inputs): *parts[:], h = _split(model, inputs); return h
+    leader, kept, h = probe(model, look, dict(small, input_ids=_two_ends(small["input_ids"])), targets)
+    _check_causal(h.detach(), model)
+    return *parts, leader, kept // 2, h                                      # of two rows
 
 # %% ../nbs/02_kfac.ipynb #c0184da5
 def _backward_exact(rec, head, h, y):
@@ -756,7 +758,8 @@ def _read_snapshot(path, whose, sets, seen):
 # %% ../nbs/02_kfac.ipynb #55d650c3
 def _check_finite(model, targets):
     for t in targets:
-        if not torch.isfinite(weight(model, t)).all(): raise ValueError(f"the weights of {t.name} hold NaN or infinity; curvature of such a model means nothing: load it again")
+        w = weight(model, t)
+        if not (w.sum().isfinite() or w.isfinite().all()): raise ValueError(f"the weights of {t.name} hold NaN or infinity; curvature of such a model means nothing: load it again")
 
 def _sums(rec): return [*rec.A.values(), *rec.G.values()]
 
@@ -992,12 +995,11 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     prepare = lambda b: _text(b, model, device, accepts) if "input_ids" in b else _image(b, model, device, tokens, labels)
     small = prepare({k: v[:1, :5] if k != "pixel_values" and v.dim() > 1 else v[:1] for k, v in first.items() if torch.is_tensor(v)})[0]
     small.pop("attention_mask", None); small.pop("position_ids", None)       # a few tokens, to look at the model's wiring
-    trunk, head, chunked = _wired(model, small, targets, tokens)
     probe = _probe
     if any(t.role == "expert" for t in targets):
         from curvtools.experts import ways
         probe, recorder = ways(recorder)
-    leader, kept, h = probe(model, trunk, small, targets)
+    trunk, head, chunked, leader, kept, h = _wired(model, small, targets, tokens, probe)
     with torch.no_grad(): width = head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]
     chunk = chunk or _chunk(width, device)
     places = {sums} if sums else {_home(model.get_submodule(t.name)) for t in targets if t.expert is None}
@@ -1008,7 +1010,7 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     _check_room(about, rec, first, device, free, (on_nan == "skip") + bool(stop))
     progress = progress and not (peers and peers.rank)
     if progress: print(_announce(about, targets) + getattr(rec, "note", ""))
-    prints = {t.name: fingerprint(model, t) for t in targets}
+    prints = fingerprints(model, targets)
     if peers: peers.agree(prints, dict(labels=labels, seed=seed, tokens=tokens, mc_samples=mc_samples))
     finish = lambda: result(model, targets, run.together(), prints, dict(_meta(model, labels, seed, run.digest.hexdigest(), run.n, run.skipped, run.checks), **({} if "input_ids" in small else dict(tokens=tokens)), **(dict(mc_samples=mc_samples) if mc_samples > 1 else {}), **(dict(processes=peers.size) if peers else {})))
     path, whose = snapshot and pathlib.Path(snapshot), snapshot and _whose(model, targets, labels=labels, seed=seed, tokens=tokens, chunk=chunk, stop=stop, mc_samples=mc_samples)

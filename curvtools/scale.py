@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .decompose import Basis, _decompose, eigen
 from .kfac import Factor, Factors, _batch, _batches, _checksum, _hash, _peers, _sums, _unpack, collect
-from .targets import find_targets, fingerprint
+from .targets import find_targets, fingerprints
 
 # %% ../nbs/26_scale.ipynb #f985de88
 class Peers:
@@ -202,7 +202,7 @@ def collect_in_groups(model, # a loaded model
 def _same_group(path, model, group, kw):
     "True where a file holds these factors; ValueError where it holds others."
     meta, prints = (d := _header(path))["meta"], d["fingerprints"]
-    if prints != {t.name: fingerprint(model, t) for t in group} or any(meta.get(k) != kw.get(k, v) for k, v in dict(labels="sample", seed=0).items()): raise ValueError(f"{path} is of another model or other settings; use another folder")
+    if prints != fingerprints(model, group) or any(meta.get(k) != kw.get(k, v) for k, v in dict(labels="sample", seed=0).items()): raise ValueError(f"{path} is of another model or other settings; use another folder")
     return True
 
 # %% ../nbs/26_scale.ipynb #6eee0b01

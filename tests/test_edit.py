@@ -177,17 +177,17 @@ def test_interrupted_after_the_write(llama, monkeypatch):
     model, basis = llama
     before, edit, calls = state(model), basis.keep(rho=.5), []
     handle = edit.apply(model).undo()
-    real = module.fingerprint
-    def interrupted(m, t):
-        calls.append(t)
+    real = module.fingerprints
+    def interrupted(m, targets):
+        calls.append(targets)
         if not same(before, state(m)): raise KeyboardInterrupt             # the first look after the weights have changed
-        return real(m, t)
-    monkeypatch.setattr(module, "fingerprint", interrupted)
+        return real(m, targets)
+    monkeypatch.setattr(module, "fingerprints", interrupted)
     for f in (lambda: edit.apply(model), handle.redo):
         with pytest.raises(KeyboardInterrupt): f()
         assert same(before, state(model))
-    monkeypatch.setattr(module, "fingerprint", real)
-    assert not handle.active and handle.redo().active and same(before, state(handle.undo().model))
+    monkeypatch.setattr(module, "fingerprints", real)
+    assert calls and not handle.active and handle.redo().active and same(before, state(handle.undo().model))
 
 
 def test_refuses_another_model(llama):

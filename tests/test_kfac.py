@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from tiny import ALL, LMS, V, tiny, tiny_inputs
 
-from curvtools.kfac import Factors, OuterSum, collect, next_token_labels, row_uniforms, sample_labels, split_head
-from curvtools.targets import find_targets, weight
+from curvtools.kfac import Factors, OuterSum, collect, next_token_labels, row_uniforms, sample_labels, split_head, _check_finite
+from curvtools.targets import block_list, find_targets, weight
 
 RTOL = 1e-9
 
@@ -270,7 +270,7 @@ def test_ctrl_c_inside_a_batch_waits_for_its_end(side, ctrl_c):
             def hit(g=None):
                 calls.append(0)
                 if len(calls) == 2: [signal.raise_signal(signal.SIGINT) for _ in range(times)]
-            if len(out) == 2 and out.requires_grad: hit() if side == "forward" else out.register_hook(hit)    # not in the probe, which feeds one row
+            if out.shape[1] == 7: hit() if side == "forward" else out.register_hook(hit)    # not in the first look, which feeds four tokens
         return model.model.layers[1].mlp.register_forward_hook(hook)
     for times in (1, 2):
         h = strike(times); calls.clear()
@@ -282,6 +282,28 @@ def test_ctrl_c_inside_a_batch_waits_for_its_end(side, ctrl_c):
             for n in want: assert near(part[n].G, want[n].G) and near(part[n].A, want[n].A) and part[n].count == want[n].count
         else: assert len(calls) == 2
 
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_one_look_beforehand(name):
+    "Every batch is one pass; before them, one of four tokens with two ends."
+    model, ids, sizes = tiny(name), torch.randint(3, V, (6, 8), generator=torch.Generator().manual_seed(0)), []
+    block = block_list(model)[1][0]
+    h = block.register_forward_hook(lambda m, args, kw, out: sizes.append(list((args[0] if args else kw["hidden_states"]).shape[:2])), with_kwargs=True)
+    collect(model, ids.split(3), progress=False); h.remove()
+    assert sizes == [[2, 4], [3, 7], [3, 7]]
+
+
+@pytest.mark.parametrize("bad", [[float("nan")], [float("inf")], [float("inf"), -float("inf")]])
+def test_weights_that_are_no_numbers(bad):
+    "One such number is found wherever it is; a sum that overflows is none."
+    model, ids = tiny("llama"), torch.randint(3, V, (2, 8), generator=torch.Generator().manual_seed(0))
+    W = model.model.layers[2].mlp.down_proj.weight.data
+    W.view(-1)[torch.arange(len(bad)) * 7 + 5] = torch.tensor(bad, dtype=W.dtype)
+    with pytest.raises(ValueError, match="layers.2.mlp.down_proj hold NaN or infinity"): collect(model, ids, progress=False)
+    large = tiny("llama", torch.float32)
+    large.model.layers[2].mlp.down_proj.weight.data[:2] = 3e38               # its sum is no float32
+    _check_finite(large, find_targets(large, "mlp"))
 
 
 def test_save_load_merge(tmp_path):

@@ -301,18 +301,20 @@ def test_one_group_in_memory_at_a_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["memory", "disk", "all in memory", "device_map"])
-def test_offloaded_blocks(how, tmp_path):
-    "Blocks that are kept elsewhere, targets among them: the same factors to the bit; flags as before; edits where they last."
+def test_offloaded_blocks(how, tmp_path, capsys):
+    "Blocks that are kept elsewhere, targets among them: the same factors to the bit, and the same forecast; flags as before; edits where they last."
     accelerate = pytest.importorskip("accelerate")
     kw, plain = dict(targets="all", progress=False), tiny("llama")
-    want, model = collect(plain, batches(), **kw), tiny("llama")
+    want, model = collect(plain, batches(), **kw | dict(progress=True)), tiny("llama")
+    told = capsys.readouterr().out
     if how == "memory": accelerate.cpu_offload(model.model.layers[1], "cpu")
     if how == "disk": accelerate.disk_offload(model.model.layers[1], str(tmp_path), "cpu")
     if how == "all in memory": accelerate.cpu_offload(model, "cpu")
     if how == "device_map": model = accelerate.dispatch_model(model, {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}, main_device="cpu", offload_dir=str(tmp_path))
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    got = collect(model, batches(), **kw)
+    got = collect(model, batches(), **kw | dict(progress=True))
+    assert "of activations" in told and told == capsys.readouterr().out       # weights that are fetched for a pass are no activations
     assert near(got, want, 0) and got.fingerprints == want.fingerprints and flags == {n: p.requires_grad for n, p in model.named_parameters()}
     edit, t = got.eigen(progress=False).keep(rho=.5, blocks=[1]), want["model.layers.1.mlp.up_proj"].target
     before = weight(model, t).clone()

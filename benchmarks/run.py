@@ -97,7 +97,7 @@ def random_ids(model, tokens, vocab=None, length=128):
     return [torch.randint(0, vocab or model.config.vocab_size, (max(1, tokens // length), length + 1), generator=torch.Generator().manual_seed(0))]
 
 
-MODELS = dict(playground=(playground, 4096, 7), smol=(smol, 1024, 5), random_1b=(random_1b, 256, 3))   # how made, tokens, rounds
+MODELS = dict(playground=(playground, 4096, 7), smol=(smol, 1024, 5), random_1b=(random_1b, 256, 5))   # how made, tokens, rounds
 
 
 # ---- collect

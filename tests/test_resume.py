@@ -51,16 +51,16 @@ KILLER = """
     pid = os.fork()
     if not pid: work(None); os.rename(out, folder/"straight.safetensors"); os._exit(0)
     start = time.time(); assert os.waitpid(pid, 0)[1] == 0; whole = time.time() - start
-    want, done, finished, writing, early = Factors.load(folder/"straight.safetensors"), 0, 0, 0, 0
-    while done < kills or not finished:
-        pid = child()
+    want, done, finished, writing, early, ended = Factors.load(folder/"straight.safetensors"), 0, 0, 0, 0, False
+    while done < kills or not ended:                                       # the last one comes to its end, and clears away what was left
+        pid, ended = child(), False
         if done < kills:
             time.sleep(random_.random() * whole * .6)
             os.kill(pid, signal.SIGKILL); _, status = os.waitpid(pid, 0)
             if os.WIFSIGNALED(status): done += 1; writing += any(folder.glob("run.safetensors.*.tmp")); early += not path.exists(); continue
         else: _, status = os.waitpid(pid, 0)
         assert status == 0, status
-        got = Factors.load(out); finished += 1
+        got = Factors.load(out); finished += 1; ended = True
         assert got.meta == want.meta and all(torch.equal(got[n].A, want[n].A) and torch.equal(got[n].G, want[n].G) and got[n].count == want[n].count for n in want)
         out.unlink(); path.unlink()                                        # from the start again
     print(f"{done} kills, {writing} of them while a snapshot was written, {early} before the first; {finished} runs came to their end, each bit-identical; left: {sorted(p.name for p in folder.iterdir())}")

@@ -19,7 +19,9 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
+import tempfile
 import threading
 import weakref
 import zlib
@@ -540,13 +542,14 @@ def save_tensors(path, # file to write
                 ):
     "Write safetensors with JSON metadata; the file is complete or absent."
     from safetensors.torch import save_file
-    path = pathlib.Path(path); path.parent.mkdir(parents=True, exist_ok=True); tmp = path.with_name(path.name + f".{os.getpid()}.tmp")
-    try:
-        tensors, notes = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, json.dumps(meta)
+    path = pathlib.Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    tensors, notes = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, json.dumps(meta)
+    with tempfile.TemporaryDirectory(".tmp", f"{path.name}.{os.getpid()}.", path.parent) as d:   # what safetensors leaves beside its file when it is killed is in there too
+        tmp, plain = pathlib.Path(d)/"new", pathlib.Path(d)/"plain"; plain.touch()
         save_file(tensors, tmp, metadata={"kind": kind, "meta": notes, "crc32": _checksum(tensors, notes)})
+        os.chmod(tmp, plain.stat().st_mode)                                  # to be read by whom any new file is, not by its owner alone
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/02_kfac.ipynb #ecad1b89
 def load_tensors(path, # file to read
@@ -724,7 +727,7 @@ def _locked(path):
     try: lock.acquire(timeout=0)
     except Timeout: raise RuntimeError(f"{path} belongs to another collect that is running; give this one a path of its own, or wait for the other to end") from None
     try:
-        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"): left.unlink(missing_ok=True)
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"): shutil.rmtree(left, ignore_errors=True)
         yield
     finally: lock.release()
 

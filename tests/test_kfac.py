@@ -4,6 +4,7 @@ Tolerance: both sides are float64 sums of a few hundred products in another orde
 from collections import Counter
 import gc
 import math
+import os
 import signal
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tiny import ALL, LMS, V, tiny, tiny_inputs
 
-from curvtools.kfac import Factors, OuterSum, collect, next_token_labels, row_uniforms, sample_labels, split_head, _check_finite
+from curvtools.kfac import Factors, OuterSum, collect, next_token_labels, row_uniforms, sample_labels, save_tensors, split_head, _check_finite
 from curvtools.targets import block_list, find_targets, weight
 
 RTOL = 1e-9
@@ -304,6 +305,16 @@ def test_weights_that_are_no_numbers(bad):
     large = tiny("llama", torch.float32)
     large.model.layers[2].mlp.down_proj.weight.data[:2] = 3e38               # its sum is no float32
     _check_finite(large, find_targets(large, "mlp"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_a_saved_file_is_read_by_whom_any_new_file_is(mask, tmp_path):
+    "safetensors makes files for their owner alone; factors are passed on."
+    before = os.umask(mask)
+    try: save_tensors(tmp_path/"a", "k/1", dict(x=torch.zeros(2)), {}); (tmp_path/"b").touch()
+    finally: os.umask(before)
+    assert (tmp_path/"a").stat().st_mode == (tmp_path/"b").stat().st_mode and {p.name for p in tmp_path.iterdir()} == {"a", "b"}
 
 
 def test_save_load_merge(tmp_path):

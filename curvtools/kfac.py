@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import tempfile
@@ -350,12 +351,17 @@ def _gathered(model, trunk):
     return run
 
 # %% ../nbs/02_kfac.ipynb #f5d2kf01
+def _version(h): return None if h.is_inference() else h._version           # changes with every change in place
+
 @contextlib.contextmanager
 def _heard(m, inputs):
-    "What a module gives inside, where every tensor it is called with is one of the inputs."
+    "What a module gives inside, and its version (a change in place shows), where it is called with nothing but the inputs."
     out, known = [], [id(v) for v in inputs.values()]
-    plain = lambda xs: all(not torch.is_tensor(x) or id(x) in known for x in xs)
-    handle = m.register_forward_hook(lambda m, args, kwargs, o: out.append(o) if plain([*args, *kwargs.values()]) else None, with_kwargs=True)
+    ours = lambda k, v: v is None or id(v) in known or k in ("return_dict", "output_attentions", "output_hidden_states") or not torch.is_tensor(v) and k in inputs and v == inputs[k]
+    def hook(m, args, kwargs, o):
+        h = getattr(o, "last_hidden_state", None)
+        if h is not None and all(ours(k, v) for k, v in [*enumerate(args), *kwargs.items()]): out.append((h, _version(h)))
+    handle = m.register_forward_hook(hook, with_kwargs=True)
     try: yield out
     finally: handle.remove()
 
@@ -371,7 +377,7 @@ def _split(model, inputs):
     with _heard(base, inputs) as out: want = whole(**inputs)
     if not isinstance(head, nn.Linear) or base is model: return whole, lambda h: h, False, want
     with torch.no_grad():                                                    # a pass to compare with is not a second one that is looked at
-        h = out[0].last_hidden_state if len(out) == 1 and hasattr(out[0], "last_hidden_state") else trunk(**inputs)
+        h = out[0][0] if len(out) == 1 and out[0][1] == _version(out[0][0]) else trunk(**inputs)
         got = head(h) if h.shape[-1] == head.in_features else None
     same = got is not None and got.shape == want.shape and torch.equal(got.to(want), want)  # the same operations on the same numbers: to the bit
     return (trunk, head, True, h) if same else (whole, lambda h: h, False, want)
@@ -442,7 +448,7 @@ def _probe(model, trunk, inputs, targets):
         return f
     def pack(t):
         if not isinstance(t if t._base is None else t._base, nn.Parameter): s = t.untyped_storage(); kept[s._cdata] = s.nbytes()   # a weight is there anyway
-        return t
+        return t.detach()                                                    # t itself would hold the graph that holds it, for ever
     handles = [model.get_submodule(t.name).register_forward_hook(hook(t.name), with_kwargs=True) for t in targets]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): h = trunk(**inputs)
@@ -471,12 +477,15 @@ def _wired(model, small, targets, tokens, probe=_probe):
     if "input_ids" not in small:
         parts = _split(model, small)[:3]
         if tokens == "cls": _check_cls(model, parts[0], small, targets)
-        return *parts, *probe(model, parts[0], small, targets)
-    parts = []
+        leader, kept, h = probe(model, parts[0], small, targets)
+        return *parts, leader, kept, h.detach()
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False): raise ValueError(f"{type(model).__name__} reads with an encoder and writes with a decoder, which collect cannot follow: a causal language model is needed (or an image classifier)")
+    parts, ids = [], small["input_ids"]
+    two = _two_ends(ids if ids.shape[1] > 1 else ids.repeat(1, 2))
     def look(**inputs): *parts[:], h = _split(model, inputs); return h
-    leader, kept, h = probe(model, look, dict(small, input_ids=_two_ends(small["input_ids"])), targets)
+    leader, kept, h = probe(model, look, dict(small, input_ids=two), targets)
     _check_causal(h.detach(), model)
-    return *parts, leader, kept // 2, h                                      # of two rows
+    return *parts, leader, kept * ids.numel() // two.numel(), h.detach()
 
 # %% ../nbs/02_kfac.ipynb #c0184da5
 def _backward_exact(rec, head, h, y):
@@ -535,6 +544,8 @@ def _check_notes(meta) -> dict:
         if ((v := meta.get(k)) is not None or k == "basis" in meta) and (type(v) is not kind or kind is int and not 0 <= v < 2**63): raise ValueError(f"its notes say {k}={str(v)[:40]}")
     return meta
 
+def _beside(path): n = os.fsencode(path.name); return path.name if len(n) < 200 else hashlib.blake2b(n, digest_size=8).hexdigest()   # how a folder beside it begins
+
 def save_tensors(path, # file to write
                  kind:str, # what it is, e.g. "curvtools.factors/1"
                  tensors:dict, # name -> tensor
@@ -544,10 +555,10 @@ def save_tensors(path, # file to write
     from safetensors.torch import save_file
     path = pathlib.Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     tensors, notes = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, json.dumps(meta)
-    with tempfile.TemporaryDirectory(".tmp", f"{path.name}.{os.getpid()}.", path.parent) as d:   # what safetensors leaves beside its file when it is killed is in there too
+    with tempfile.TemporaryDirectory(".tmp", f"{_beside(path)}.{os.getpid()}.", path.parent) as d:   # what safetensors leaves beside its file when it is killed is in there too
         tmp, plain = pathlib.Path(d)/"new", pathlib.Path(d)/"plain"; plain.touch()
         save_file(tensors, tmp, metadata={"kind": kind, "meta": notes, "crc32": _checksum(tensors, notes)})
-        os.chmod(tmp, plain.stat().st_mode)                                  # to be read by whom any new file is, not by its owner alone
+        with contextlib.suppress(OSError): os.chmod(tmp, plain.stat().st_mode)   # to be read by whom any new file is, not by its owner alone
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
 
@@ -727,7 +738,8 @@ def _locked(path):
     try: lock.acquire(timeout=0)
     except Timeout: raise RuntimeError(f"{path} belongs to another collect that is running; give this one a path of its own, or wait for the other to end") from None
     try:
-        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"): shutil.rmtree(left, ignore_errors=True)
+        for left in path.parent.glob(f"{glob.escape(_beside(path))}.*.tmp"):
+            if re.fullmatch(r"\d+\.[a-z0-9_]{8}\.tmp", left.name[len(_beside(path)) + 1:]): shutil.rmtree(left, ignore_errors=True)   # not what only looks like it
         yield
     finally: lock.release()
 

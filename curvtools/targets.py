@@ -571,5 +571,6 @@ def fingerprint(model:nn.Module, target:Target) -> str: # 16 hexadecimal digits
 
 def fingerprints(model:nn.Module, targets) -> dict: # name -> fingerprint
     "Of several targets, hashed side by side."
+    targets = list(targets)
     if _cut_up(model): return {t.name: fingerprint(model, t) for t in targets}   # gathered by all processes in one order
     with ThreadPoolExecutor(4) as pool: return {t.name: f for t, f in zip(targets, pool.map(lambda t: fingerprint(model, t), targets))}

@@ -6,13 +6,17 @@ import gc
 import math
 import os
 import signal
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 from tiny import ALL, LMS, V, tiny, tiny_inputs
 
-from curvtools.kfac import Factors, OuterSum, collect, next_token_labels, row_uniforms, sample_labels, save_tensors, split_head, _check_finite
+from curvtools.kfac import Factors, OuterSum, collect, next_token_labels, row_uniforms, sample_labels, save_tensors, split_head, _beside, _check_finite
 from curvtools.targets import block_list, find_targets, weight
 
 RTOL = 1e-9
@@ -293,6 +297,59 @@ def test_one_look_beforehand(name):
     h = block.register_forward_hook(lambda m, args, kw, out: sizes.append(list((args[0] if args else kw["hidden_states"]).shape[:2])), with_kwargs=True)
     collect(model, ids.split(3), progress=False); h.remove()
     assert sizes == [[2, 4], [3, 7], [3, 7]]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "mixtral"])
+def test_nothing_keeps_a_model_alive(name):
+    "After the factors are there, and the model is not needed any more, none of its weights is in memory."
+    model, x = tiny(name), tiny_inputs(name)
+    collect(model, [x], "experts" if name == "mixtral" else "mlp", progress=False)
+    kept = [weakref.ref(p) for p in model.parameters()]
+    del model; gc.collect()
+    assert not any(r() is not None for r in kept)
+
+
+class Odd(LlamaForCausalLM):
+    "Doubles what its trunk gives, in place or by a flag of its own."
+    way = "in place"
+    def forward(self, input_ids=None, use_cache=None, **kw):
+        out = self.model(input_ids=input_ids, use_cache=use_cache, **({} if self.way == "in place" else dict(double=True)))
+        h = out.last_hidden_state
+        if self.way == "in place": h *= 2
+        return CausalLMOutput(logits=self.lm_head(h))
+
+
+@pytest.mark.parametrize("way", ["in place", "flag"])
+def test_a_model_that_does_more_with_its_trunk(way):
+    "Such a model is one whole: its factors are those of its own logits."
+    plain = tiny("llama"); ids = torch.randint(3, V, (2, 8), generator=torch.Generator().manual_seed(0))
+    odd = Odd(plain.config).double().eval(); odd.load_state_dict(plain.state_dict()); odd.way = way
+    if way == "flag":
+        run = odd.model.forward
+        def forward(*args, double=False, **kw): out = run(*args, **kw); out.last_hidden_state = out.last_hidden_state * (1 + double); return out
+        odd.model.forward = forward
+    assert not split_head(odd, dict(input_ids=ids))[2]
+    check(collect(odd, [ids], "mlp", labels="data", progress=False), reference(odd, [(r, r) for r in ids], "mlp"))
+
+
+def test_the_first_batch_may_be_two_tokens():
+    "A model that looks ahead is refused from whatever it reads first; one with an encoder and a decoder too."
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)).eval()
+    with pytest.raises(ValueError, match="looks at later tokens"): collect(bert, [torch.tensor([[3, 4]]), torch.randint(3, V, (2, 9))], "all", progress=False)
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)).eval()
+    with pytest.raises(ValueError, match="encoder"): collect(t5, [torch.randint(3, V, (2, 9))], "all", progress=False)
+    model = tiny("llama"); assert collect(model, [torch.tensor([[3, 4]])], progress=False).tokens == 1
+
+
+@pytest.mark.parametrize("name", ["run", "run[1]*", "r" * 238, "ü" * 120])
+def test_only_what_a_killed_run_left_is_cleared(name, tmp_path):
+    "Folders of the user's with like names stay."
+    path, ids = tmp_path/name, torch.randint(3, V, (2, 8), generator=torch.Generator().manual_seed(0))
+    theirs = [tmp_path/f"{name[:20]}.thesis.tmp", tmp_path/f"{name[:20]}.12.tmp"]
+    left = tmp_path/f"{_beside(path)}.4471.abcd_123.tmp"
+    for d in (*theirs, left): d.mkdir(); (d/"new").touch()
+    collect(tiny("llama"), [ids], snapshot=path, progress=False)
+    assert path.is_file() and not left.exists() and all((d/"new").exists() for d in theirs)
 
 
 @pytest.mark.parametrize("bad", [[float("nan")], [float("inf")], [float("inf"), -float("inf")]])

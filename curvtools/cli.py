@@ -530,7 +530,7 @@ def _lab(a):
     "curvtools lab"
     _lab_line(a, path := Path(a.folder)/_lab_name)                # refused before anything is written
     path = _lab_notebook(a.folder)
-    print(f"{path}: five minutes with your own hands; Ctrl-C stops the server", flush=True)
+    print(f"{path}: ten minutes with your own hands; Ctrl-C stops the server", flush=True)
     return None, _serve(_lab_line(a, path))
 
 # %% ../nbs/14_cli.ipynb #df26f245
@@ -571,7 +571,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     sub = parser.add_subparsers(metavar="COMMAND", dest="command")
     def command(name, run, text):
-        p = sub.add_parser(name, parents=[both], help=text, description=text[0].upper() + text[1:] + ".")
+        p = sub.add_parser(name, parents=[both], help=text, description=text[0].upper() + text[1:] + "." * (text[-1] != "?"))
         p.set_defaults(run=run, json=False)
         return p
     p = command("demo", _demo, "the whole road on the bundled model, with controls, in about a minute")

@@ -67,7 +67,7 @@ def _rehearse(twin, parts, shape, chosen, labels, tokens, chunk, samples):
     "Bytes and FLOPs of one batch, from the pass itself on fake tensors: once to count (what counts holds on to tensors), once to weigh."
     (trunk, head, _), image = parts, len(shape) == 4
     leader, _, h = _probe(twin, trunk, _inputs((1, *shape[1:]) if image else (1, 5)), chosen)
-    chunk = chunk or _chunk(head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1], h.device); del h
+    chunk = chunk or _chunk(head(h.reshape(-1, h.shape[-1])[:1]).shape[-1], h.device); del h
     n = shape[0] * (1 if image else shape[1] - 1)
     def once(look): # what is seen with the factors, with the activations, and after the head
         rec = _Recorder(twin, chosen, leader); rec.w = tokens if image else None

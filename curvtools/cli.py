@@ -340,7 +340,7 @@ def demo(
     "Collect, decompose, edit, measure, compare with SVD and random directions, undo. Which gates passed is in the result; the model is left as found. ValueError without a plan."
     from curvtools.edit import planned
     from curvtools.kfac import collect
-    from curvtools.targets import fingerprint
+    from curvtools.targets import fingerprints
     from curvtools.zoo import playground
     step = _steps(log)
     step("the bundled model"); pg = playground() if pg is None else pg; log(pg)
@@ -362,7 +362,7 @@ def demo(
     step(f"edit: {_keep_code(plan)}, which are {_pct(edit.kept)} of all pairs"); measure("kfac", edit, base)
     step("rival: SVD of the same matrices, at the rank that recites no more"); measure("svd", _matched_svd(pg, passages, recited["kfac"].teacher_forced, list(edit.plan)), base)
     step("control: the same mask in random directions"); measure("random", planned(basis.random(seed), plan), base)
-    undone = all(fingerprint(pg.model, f.target) == factors.fingerprints[n] for n, f in factors.items())
+    undone = fingerprints(pg.model, [f.target for f in factors.values()]) == factors.fingerprints
     tiers = {m: _tiers(pg, edits[m], recited[m], unseen[m]) for m in ("baseline", "kfac")}
     settings = dict(plan, tokens=clean.tokens, seed=seed)
     step("undone" if undone else "undo FAILED")

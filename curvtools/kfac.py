@@ -12,7 +12,6 @@ import contextlib
 import errno
 import functools
 import gc
-import glob
 import hashlib
 import inspect
 import itertools
@@ -439,7 +438,7 @@ def available_memory(device="cpu")->int|None: # bytes; None where it is not know
 
 # %% ../nbs/02_kfac.ipynb #efcb9f6d
 def _probe(model, trunk, inputs, targets):
-    "(leader: dict name -> the first target that reads the same tensor; bytes a position kept for the backward pass; logits' width)"
+    "(leader: dict name -> the first target that reads the same tensor; bytes kept for the backward pass; what the trunk gives, without its graph)"
     read, kept, zero = [], {}, torch.zeros((), requires_grad=True)
     def hook(name):
         def f(m, args, kwargs, out):
@@ -458,7 +457,7 @@ def _probe(model, trunk, inputs, targets):
     leader = {name: first.setdefault((id(x), x._version), name) for name, x in read}
     missing = [t.name for t in targets if t.name not in leader]
     if missing: raise ValueError(f"{missing[0]} is never called in a forward pass on this data; leave it out of targets")
-    return leader, sum(kept.values()), h
+    return leader, sum(kept.values()), h.detach()
 
 # %% ../nbs/02_kfac.ipynb #20f64aad
 _CLS = {"cls_token", "class_token", "class_embedding", "cls_pos"}
@@ -477,15 +476,14 @@ def _wired(model, small, targets, tokens, probe=_probe):
     if "input_ids" not in small:
         parts = _split(model, small)[:3]
         if tokens == "cls": _check_cls(model, parts[0], small, targets)
-        leader, kept, h = probe(model, parts[0], small, targets)
-        return *parts, leader, kept, h.detach()
+        return *parts, *probe(model, parts[0], small, targets)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False): raise ValueError(f"{type(model).__name__} reads with an encoder and writes with a decoder, which collect cannot follow: a causal language model is needed (or an image classifier)")
     parts, ids = [], small["input_ids"]
     two = _two_ends(ids if ids.shape[1] > 1 else ids.repeat(1, 2))
     def look(**inputs): *parts[:], h = _split(model, inputs); return h
     leader, kept, h = probe(model, look, dict(small, input_ids=two), targets)
-    _check_causal(h.detach(), model)
-    return *parts, leader, kept * ids.numel() // two.numel(), h.detach()
+    _check_causal(h, model)
+    return *parts, leader, kept * ids.numel() // two.numel(), h
 
 # %% ../nbs/02_kfac.ipynb #c0184da5
 def _backward_exact(rec, head, h, y):
@@ -738,8 +736,8 @@ def _locked(path):
     try: lock.acquire(timeout=0)
     except Timeout: raise RuntimeError(f"{path} belongs to another collect that is running; give this one a path of its own, or wait for the other to end") from None
     try:
-        for left in path.parent.glob(f"{glob.escape(_beside(path))}.*.tmp"):
-            if re.fullmatch(r"\d+\.[a-z0-9_]{8}\.tmp", left.name[len(_beside(path)) + 1:]): shutil.rmtree(left, ignore_errors=True)   # not what only looks like it
+        made = re.compile(re.escape(_beside(path)) + r"\.\d+\.[a-z0-9_]{8}\.tmp")      # by `save_tensors`, not what only looks like it
+        for left in filter(lambda p: made.fullmatch(p.name), path.parent.iterdir()): shutil.rmtree(left, ignore_errors=True)
         yield
     finally: lock.release()
 
@@ -1015,7 +1013,7 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
         from curvtools.experts import ways
         probe, recorder = ways(recorder)
     trunk, head, chunked, leader, kept, h = _wired(model, small, targets, tokens, probe)
-    with torch.no_grad(): width = head(h.detach().reshape(-1, h.shape[-1])[:1]).shape[-1]
+    with torch.no_grad(): width = head(h.reshape(-1, h.shape[-1])[:1]).shape[-1]
     chunk = chunk or _chunk(width, device)
     places = {sums} if sums else {_home(model.get_submodule(t.name)) for t in targets if t.expert is None}
     free = {d: available_memory(d) for d in {device, *places}}

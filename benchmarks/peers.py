@@ -75,7 +75,7 @@ def kronfluence(model, batches, targets, labels="sample"):
     with as_it_was(model):
         memo = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         task, twin = Language(), copy.deepcopy(model, memo)                  # other modules, the same weights
-        twin.eval(); twin = prepare_model(twin, task)
+        twin.eval(); twin = prepare_model(twin, task).to(next(model.parameters()).device)      # its constants
         how = FactorArguments(use_empirical_fisher=labels == "data")
         _, f = fit_covariance_matrices_with_loader(twin, State(cpu=next(model.parameters()).device.type == "cpu"), task, [dict(input_ids=b) for b in batches], how, tracked_module_names=names, disable_tqdm=True)
     n = sum(b[:, 1:].numel() for b in batches)

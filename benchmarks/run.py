@@ -102,7 +102,7 @@ MODELS = dict(playground=(playground, 4096, 7), smol=(smol, 1024, 5), random_1b=
 
 # ---- collect
 
-def apart(x, y): return ((x - y).norm() / y.norm()).item()
+def apart(x, y): return ((x.to(y.device) - y).norm() / y.norm()).item()          # kronfluence keeps its factors on the CPU
 
 
 def agreement(ways, model, batches, targets):

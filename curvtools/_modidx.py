@@ -656,6 +656,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'curvtools.kfac._drawn': ('kfac.html#_drawn', 'curvtools/kfac.py'),
                                 'curvtools.kfac._entry': ('kfac.html#_entry', 'curvtools/kfac.py'),
                                 'curvtools.kfac._finite': ('kfac.html#_finite', 'curvtools/kfac.py'),
+                                'curvtools.kfac._first_above': ('kfac.html#_first_above', 'curvtools/kfac.py'),
                                 'curvtools.kfac._forecast': ('kfac.html#_forecast', 'curvtools/kfac.py'),
                                 'curvtools.kfac._gathered': ('kfac.html#_gathered', 'curvtools/kfac.py'),
                                 'curvtools.kfac._hash': ('kfac.html#_hash', 'curvtools/kfac.py'),

@@ -63,11 +63,11 @@ def _inputs(shape):
     "Inputs of a batch of zeros: ids [B, T], of which the last is not fed, or pixels [B, C, H, W]."
     return dict(pixel_values=torch.zeros(shape)) if len(shape) == 4 else dict(input_ids=torch.zeros(shape[0], shape[1] - 1, dtype=torch.long), use_cache=False)
 
-def _rehearse(twin, parts, shape, chosen, labels, tokens, chunk, samples):
+def _rehearse(twin, parts, shape, chosen, labels, tokens, chunk, samples, device):
     "Bytes and FLOPs of one batch, from the pass itself on fake tensors: once to count (what counts holds on to tensors), once to weigh."
     (trunk, head, _), image = parts, len(shape) == 4
     leader, _, h = _probe(twin, trunk, _inputs((1, *shape[1:]) if image else (1, 5)), chosen)
-    chunk = chunk or _chunk(head(h.reshape(-1, h.shape[-1])[:1]).shape[-1], h.device); del h
+    chunk = chunk or _chunk(head(h.reshape(-1, h.shape[-1])[:1]).shape[-1], device); del h
     n = shape[0] * (1 if image else shape[1] - 1)
     def once(look): # what is seen with the factors, with the activations, and after the head
         rec = _Recorder(twin, chosen, leader); rec.w = tokens if image else None
@@ -116,7 +116,7 @@ def forecast(model, # a transformers model; its weights may be on the meta devic
     chosen = find_targets(known, targets, blocks, projections)
     with mode:
         twin = _imitation(model)
-        with frozen(twin): return _rehearse(twin, _parts(twin, chunked and len(shape) == 2), shape, chosen, labels, tokens, chunk, mc_samples)
+        with frozen(twin): return _rehearse(twin, _parts(twin, chunked and len(shape) == 2), shape, chosen, labels, tokens, chunk, mc_samples, torch.device("cpu") if device.type == "meta" else device)
 
 # %% ../nbs/25_budget.ipynb #91d4c0b6
 def agreement(first, # factors by name, of one half of the data: a mapping to things with A [d_in, d_in] and G [d_out, d_out]; averages or sums

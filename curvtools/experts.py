@@ -58,7 +58,7 @@ def grouped_experts(m:nn.Module, # an experts module on the interface of transfo
     linear = lambda p, h: see(p, rows, ends, h, segment_linear(h, getattr(m, p), ends, getattr(m, f"{p}_bias") if m.has_bias else None, m.is_transposed))
     h = linear(up, x[rows])
     h = linear(down, m._apply_gate(h) if m.has_gate else m.act_fn(h))        # [S, d]
-    if m.has_post_expert_norm: h = m.post_expert_norm(h)
+    if getattr(m, "has_post_expert_norm", False): h = m.post_expert_norm(h)   # from transformers 5.2x on
     h = h * weights.reshape(-1)[perm, None]
     return h.new_zeros(index.numel(), h.shape[-1]).index_copy(0, perm, h).view(*index.shape, -1).sum(1).to(x.dtype)
 

@@ -364,7 +364,7 @@ class _Kept:
 def _grams(kept:_Kept, size:int) -> tuple: # two [N, N], float64
     "(∇_n·∇_m)² and Σ_k ∇_nk² ∇_mk² of all pairs of items."
     rows = [[torch.stack([(x@y.T).double().square(), (x.square()@y.square().T).double()]) for y in kept.items(size)] for x in kept.items(size)]
-    return tuple(torch.cat([torch.cat(r, 2) for r in rows], 1))
+    return tuple(torch.cat([torch.cat(r, 2) for r in rows], 1).cpu())
 
 # %% ../nbs/17_fidelity.ipynb #ffa973cb
 def _apart(M:Tensor, w:Tensor) -> Tensor: # w [..., N] -> [...]

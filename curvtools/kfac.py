@@ -112,20 +112,27 @@ def row_uniforms(rows:Tensor, # [B, T] token ids (or [B, ...] anything that iden
     return u if samples > 1 else u[..., 0]
 
 # %% ../nbs/02_kfac.ipynb #b9d25211
+def _first_above(c, t): # rising sums [n, m]; t [n, k] -> [n, k]
+    "The first sum above t: of a part that adds something, whatever t was rounded to."
+    return torch.searchsorted(c, t.minimum(c[:, -1:].nextafter(c.new_zeros(()))), right=True).clamp_(max=c.shape[-1] - 1)
+
 def sample_labels(p:Tensor, # probabilities [n, V], or anything proportional to them
                   u:Tensor # uniform numbers [n], or several a row [n, k]
                  )->Tensor: # labels [n] or [n, k]
-    "Draw labels by inverting the cumulative distribution: label k where cdf[k-1] <= u < cdf[k]."
-    uu, step = u.reshape(len(p), -1), max(1, 2**22 // p.shape[-1])           # rows whose sums are held at once
-    def some(p, u): c = p.cumsum(-1); return torch.searchsorted(c, u.to(c) * c[:, -1:], right=True)   # [step, V]; [step, k]
-    y = torch.cat([some(*x) for x in zip(p.split(step), uu.split(step))]) if len(p) else uu.long()
-    return y.clamp_(max=p.shape[-1] - 1).view(u.shape)
+    "Draw labels by inverting the cumulative distribution, label k where cdf[k-1] <= u < cdf[k]: first the block of 256 labels, then the label in it."
+    uu, V, over = u if u.dim() > 1 else u[:, None], p.shape[-1], -p.shape[-1] % 256
+    blocks = (nn.functional.pad(p, (0, over)) if over else p).unflatten(-1, (-1, 256))                # [n, m, 256]
+    sums = blocks.sum(-1).cumsum(-1)                                         # [n, m]
+    t = uu.to(p) * sums[:, -1:]; i = _first_above(sums, t)                   # [n, k]
+    rest = (t - nn.functional.pad(sums, (1, 0)).gather(1, i)).reshape(-1, 1) # [n k, 1]: what is left of t in that block
+    within = blocks[torch.arange(len(p), device=p.device)[:, None], i].cumsum(-1)                     # [n, k, 256]
+    return (256 * i + _first_above(within.flatten(0, 1), rest).view(i.shape)).clamp_(max=V - 1).view(u.shape)      # NaN has no label
 
 # %% ../nbs/02_kfac.ipynb #d0c7fa03
 def _chunk(width, device): return max(64, (2**24 if device.type == "cpu" else 2**26) // width)   # positions whose logits [chunk, V] fill a device's units
 
 def _softmax(z, inplace): # logits [n, V] -> probabilities [n, V], float32 at least
-    if not inplace: return torch.softmax(z, -1, dtype=torch.promote_types(z.dtype, torch.float32))
+    if not inplace or z.is_cuda and z.element_size() == 2: return torch.softmax(z, -1, dtype=torch.promote_types(z.dtype, torch.float32))
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     z.sub_(z.amax(-1, keepdim=True)).exp_()
     return z.div_(z.sum(-1, keepdim=True))

@@ -58,9 +58,10 @@ def test_peers_leave_the_model_alone():
 def test_the_script_for_a_gpu_runs_here(tmp_path):
     "Every line of it but the device, in its tiny mode."
     out = tmp_path/"gpu.json"
-    gpu.main(["--tiny", "--device", "cpu", "--no-suite", "--out", str(out)])
+    gpu.main(["--tiny", "--device", "cpu", "--parts", "collect", "compiled", "beside", "--out", str(out)])
+    gpu.main(["--tiny", "--device", "cpu", "--parts", "strips", "eigh", "--out", str(out)])
     r = json.loads(out.read_text())
-    assert r["device"] == "cpu" and r["collect"] and r["eigh"] and r["strips"] and not r["tests"]
+    assert r["device"] == "cpu" and r["collect"] and r["compiled"] and r["beside"] and r["eigh"] and r["strips"] and "tests" not in r
 
 
 def test_tokens_for_the_same_edit(tmp_path, monkeypatch):

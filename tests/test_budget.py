@@ -43,7 +43,7 @@ def test_a_model_without_weights():
     real = models()["llama"]
     with torch.device("meta"): meta = tf.LlamaForCausalLM(real.config)
     assert forecast(meta, (4, 65), "all") == forecast(real, (4, 65), "all")
-    assert forecast(meta, (8, 65)).flops == 2 * forecast(meta, (4, 65)).flops
+    assert forecast(meta, (8, 65)).flops == pytest.approx(2 * forecast(meta, (4, 65)).flops, rel=1e-5)   # positions are rotated once for all rows
 
 
 PEAK = """

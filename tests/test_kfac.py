@@ -455,6 +455,18 @@ def test_uniforms_follow_the_row():
     assert sample_labels(p, torch.tensor([.999999, 0.])).tolist() == [2, 0]
 
 
+def test_labels_of_a_vocabulary_in_blocks():
+    "As from one cumulative sum, also where a block is not full, where u rounds to 1, and where nearly all labels are impossible; whatever is drawn is possible."
+    g = torch.Generator().manual_seed(0)
+    for V in (5, 256, 257, 1000):
+        p, u = torch.rand(50, V, generator=g, dtype=torch.float64) * (torch.rand(50, V, generator=g) < .05), torch.rand(50, 4, generator=g, dtype=torch.float64)
+        p[:, V // 2] += .1; u[:, 3] = 1 - 1e-16
+        got = sample_labels(p, u); low = sample_labels(p.float(), u)
+        assert torch.equal(got[:, :3], torch.searchsorted(p.cumsum(-1), u[:, :3] * p.sum(-1, keepdim=True), right=True))
+        assert (p.gather(1, got) > 0).all() and (p.gather(1, low) > 0).all() and (low == got).double().mean() > .99
+    assert sample_labels(torch.full((2, 300), math.nan), torch.tensor([.5, .1])).max() < 300       # which is an error further up, not an index outside
+
+
 def test_next_token_labels_edges():
     ids = torch.arange(5)[None]
     y, w = next_token_labels(ids)

@@ -9,7 +9,6 @@ __all__ = ['load_model', 'smollm', 'Demo', 'demo', 'report', 'main']
 import argparse
 import contextlib
 import importlib.util
-import io
 import json
 import os
 import shutil

@@ -114,6 +114,12 @@ def _pack(docs:Iterable[str], tokenizer:Any, separator:Any=None, max_tokens:int|
     row = row[:max_tokens]
     return torch.frombuffer(row, dtype=torch.int32) if row else torch.empty(0, dtype=torch.int32)
 
+# %% ../nbs/01_data.ipynb #whence01
+def _whence(source): # as for `windows`
+    "Which files, where it is files."
+    files = [str(p) for p in (source if isinstance(source, (list, tuple)) else [source]) if isinstance(p, Path)]
+    return f" (read from {', '.join(files[:3])}{' ...' if len(files) > 3 else ''})" if files else ""
+
 # %% ../nbs/01_data.ipynb #42c624da
 def windows(
     source:Any, # text, Path(s) of UTF-8 files, a list or generator of texts, or a `datasets` data set, streaming or not
@@ -129,7 +135,7 @@ def windows(
     if length < 2: raise ValueError(f"length={length}: a window needs at least two tokens, or there is nothing to predict.")
     if max_tokens is not None and max_tokens < length: raise ValueError(f"max_tokens={max_tokens} is less than one window of {length} tokens.")
     row = _pack(_documents(source, text_field), tokenizer, separator, max_tokens)    # [n]
-    if not len(row): raise ValueError("The data is empty: no document has any text.")
+    if not len(row): raise ValueError(f"The data is empty: no document has any text{_whence(source)}.")
     if len(row) < length:
         hint = f" It is also the path of a file; to read that, pass Path({source!r})." if isinstance(source, str) and _is_file(source) else ""
         raise ValueError(f"The text has {len(row)} tokens, less than one window of {length}: lower length= or give more text.{hint}")

@@ -6,7 +6,7 @@
 __all__ = ['Target', 'block_list', 'Targets', 'find_targets', 'weight', 'write_weight', 'fingerprint', 'fingerprints']
 
 # %% ../nbs/00_targets.ipynb #872b8368
-import re, html, hashlib, sys
+import re, html, hashlib, os, sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -562,15 +562,21 @@ def _put_back(pairs): # (tensor, what it shall hold)
     if stop is not None: raise stop
 
 # %% ../nbs/00_targets.ipynb #13c34fdf
+def _pieces(flat, box=None): # bytes [n], on any device; what they pass through on the way to the CPU
+    "The bytes as arrays; from a GPU 16 MB at a time, so that no memory is asked for but once."
+    if flat.device.type == "cpu" and box is None: yield flat.numpy(); return
+    box = torch.empty(min(2**24, len(flat)), dtype=torch.uint8, pin_memory=flat.is_cuda) if box is None else box
+    for x in flat.split(max(1, len(box))): yield box[:len(x)].copy_(x).numpy()
+
 def fingerprint(model:nn.Module, target:Target) -> str: # 16 hexadecimal digits
     "Hash (blake2b) of a target's weight as stored: bytes, shape and dtype."
     p = _full(_param(model, target).detach())
     h = hashlib.blake2b(f"{tuple(p.shape)} {p.dtype}".encode(), digest_size=8)
-    h.update(p.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for x in _pieces(p.contiguous().reshape(-1).view(torch.uint8)): h.update(x)
     return h.hexdigest()
 
 def fingerprints(model:nn.Module, targets) -> dict: # name -> fingerprint
     "Of several targets, hashed side by side."
     targets = list(targets)
     if _cut_up(model): return {t.name: fingerprint(model, t) for t in targets}   # gathered by all processes in one order
-    with ThreadPoolExecutor(4) as pool: return {t.name: f for t, f in zip(targets, pool.map(lambda t: fingerprint(model, t), targets))}
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 4)) as pool: return {t.name: f for t, f in zip(targets, pool.map(lambda t: fingerprint(model, t), targets))}

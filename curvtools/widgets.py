@@ -33,7 +33,7 @@ from .baselines import second_moments
 from .reading import band_overlap, energy_bands, inputs, reading_html, reads, writes, writing_html
 from .recite import continuation, forced, hit_probability, recite
 from .sweep import Measure, Readout, contenders, readout, _html_table
-from .targets import fingerprint
+from .targets import fingerprints
 from .tasks import _near_chance
 from .vision import predict
 
@@ -43,7 +43,7 @@ def checksum(
     targets:Iterable, # Targets: whose weights
 ) -> str: # 12 hex digits
     "One fingerprint of several weights, bit for bit."
-    return hashlib.blake2b("".join(fingerprint(model, t) for t in targets).encode(), digest_size=6).hexdigest()
+    return hashlib.blake2b("".join(fingerprints(model, targets).values()).encode(), digest_size=6).hexdigest()
 
 # %% ../nbs/11_widgets.ipynb #c3c65ca4
 def _in_lane(f:Callable) -> Callable:

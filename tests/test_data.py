@@ -138,6 +138,8 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="folder"): windows(tmp_path, Words())
     (tmp_path/"latin.txt").write_bytes("caf\xe9 au lait".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.txt is not UTF-8"): windows(tmp_path/"latin.txt", Words())
+    (tmp_path/"empty.txt").touch()
+    with pytest.raises(ValueError, match="data is empty.*read from .*empty.txt"): windows(tmp_path/"empty.txt", Words())
     (tmp_path/"a.txt").write_text("a b c")
     with pytest.raises(ValueError, match=r"pass Path\("): windows(str(tmp_path/"a.txt"), Words())   # a str is text, even if it names a file
 

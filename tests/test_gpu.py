@@ -49,6 +49,7 @@ def both(make, f, tol):
     "f on the model here and there: equal, and no weight moved or changed."
     here, there = make(), make().to(GPU)
     before = fingerprints(there, find_targets(there, "all"))
+    assert before == fingerprints(here, find_targets(here, "all"))
     got, want = f(there), f(here)
     assert fingerprints(there, find_targets(there, "all")) == before and all(p.device.type == GPU for p in there.parameters())
     same(got, want, tol)

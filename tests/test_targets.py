@@ -164,6 +164,14 @@ def test_fingerprint_sees_one_ulp_and_signed_zero(dtype):
     W[2, 3] = -0.; assert fingerprint(m, t) != zero
     W[2, 3] = old; assert fingerprint(m, t) == before
 
+def test_bytes_through_a_box_are_the_same_bytes():
+    "As they come from a GPU, in pieces; the last one is not full."
+    from curvtools.targets import _pieces
+    x = torch.arange(100, dtype=torch.uint8)
+    for size in (1, 7, 100, 300): assert b"".join(p.tobytes() for p in _pieces(x, torch.empty(size, dtype=torch.uint8))) == bytes(range(100)) == b"".join(p.tobytes() for p in _pieces(x))
+    assert not any(len(p) for p in _pieces(x[:0], torch.empty(3, dtype=torch.uint8)))
+
+
 def test_fingerprint_depends_on_dtype_and_shape():
     a, b = nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Linear(2, 4))
     with torch.no_grad(): a[0].weight.zero_(); b[0].weight.zero_()

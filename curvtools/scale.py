@@ -84,7 +84,7 @@ class Shard:
 def _joined():
     "Processes that torchrun or `accelerate launch` has started find each other inside. Yields whether this is the one that speaks and writes."
     on = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ and not dist.is_initialized()
-    if on and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if on and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if on: dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try: yield not (dist.is_initialized() and dist.get_rank())
     finally: on and dist.destroy_process_group()

@@ -505,14 +505,20 @@ def _start(p, what:str, f:Callable) -> None:
                 missed, q.missed = q.missed, {}
                 if q.late: _guard(q, "redraw", q.catch_up)()
                 for name, g in missed.items(): _guard(q, name, g)()
+                _last_word(q)
     s.thread = threading.Thread(target=work, daemon=True, name=f"curvtools: {what}")
     s.thread.start()
 
 # %% ../nbs/11_widgets.ipynb #537dbdee
 def _move(p, box:Any, to:int) -> None:
     "What previous and next do: set the box, or say that there is no more."
-    if box.value == to: p.session.job or _say(p, f"{box.description} {to}: there is no more on this side.")
+    p.word = f"{box.description} {to}: there is no more on this side." if box.value == to else ""
+    if p.word: _last_word(p)
     else: box.value = to
+
+def _last_word(p) -> None:
+    "Say what there was to say, once nothing runs that would say more."
+    if p.word and not p.session.job: text, p.word = p.word, ""; _say(p, text)
 
 def _step(p, done:int, total:int, what:str) -> None:
     "The same for what may be part of a job, or quick enough to be none."
@@ -612,7 +618,7 @@ class Panel(_View):
         visible:bool=True, # False: draw when it is first seen
     ):
         self.session = s = session if isinstance(session, Session) else Session(session)
-        self.missed, self.line, self.late, self.quiet, self.visible, self.stale, self.failed, self.phase = {}, "", False, False, visible, False, None, ("", 0., 0)
+        self.missed, self.word, self.line, self.late, self.quiet, self.visible, self.stale, self.failed, self.phase = {}, "", "", False, False, visible, False, None, ("", 0., 0)
         self.figures, self.data, self.took, self.c = {}, {}, {}, SimpleNamespace()
         self.c.status, self.c.code = W.HTML(), W.HTML()
         self.c.bar, self.c.cancel = W.IntProgress(layout=dict(width="160px", visibility="hidden")), W.Button(description="Cancel", disabled=True, layout=dict(width="auto"))

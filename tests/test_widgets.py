@@ -371,10 +371,13 @@ def test_busy_is_said_and_nothing_is_lost(lab, monkeypatch):
     t0 = time.time()
     e.c.rho.value = .33                                          # does not wait for the worker ...
     assert time.time() - t0 < 5 and "Busy (apply and measure)" in text(e.c.status)
+    for _ in range(4): e.c.prev.click()                          # to the first block and beyond: said when there is something to be said
+    assert "there is no more" not in text(e.c.status)
     ed.c.undo.click(); ed.c.apply.click(); ed.c.strength.value = .1
     assert "Busy" in text(ed.c.status) and "at rho 0.33" not in e.c.region.value
     go.set(); lab.wait(60)
     assert "at rho 0.33" in e.c.region.value                     # ... and is caught up with
+    assert e.c.block.value == 0 and "layers.0." in e.c.spectrum.value and "Block 0: there is no more" in text(e.c.status)
     assert s.active and s.now.spec["strength"] == rho            # what was applied is what was asked for at the click
 
 

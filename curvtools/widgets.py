@@ -1021,7 +1021,7 @@ def _draw_passage(p) -> None:
     about = ", ".join(filter(None, [x.label, x.source, x.kind, f"seen {x.count or x.tier} times" if x.tier else "" if c.which.value == "your text" else "never seen in training"]))
     (before, facts), after = s.continuations(x)
     c.text.value = f"<div>Passage {k} of {len(p.passages)}: {html.escape(_visible(about))}</div>{side_by_side(s.tokenizer, x, before, after and after[0], facts=(facts, after and after[1]))}"
-    c.numbers.value = _scrolled(_numbers(s, x, before, after), "(100, .5): would 100 samples hold the suffix with a chance of one half; p_z: its probability in one sample")
+    c.numbers.value = _scrolled(_numbers(s, x, before, after), "tokens right: each after the true ones, where the text above goes on by itself; (100, .5): would 100 samples hold the suffix with a chance of one half; p_z: its probability in one sample")
     name = f"{s.names['memorized' if c.which.value == 'memorised' else 'unseen']}{_where(c)}[{k - 1}]" if c.which.value != "your text" else f"Passage({x.prefix}, {x.suffix})"
     same = len(x.prefix) == len(p.passages[k - 1].prefix)
     _code(p, f"p = {name}\n" + ("" if same or c.which.value == "your text" else f"p = Passage(p.ids[:{c.split.value}], p.ids[{c.split.value}:])\n") + f"recite({s.names['model']}, Passages([p])).show(0, tokenizer)")

@@ -1,4 +1,4 @@
-"""Two workers share the cores (pytest-xdist; `-n 0` runs in one process). Ctrl-C as a person has it: a shell that starts the tests in the background leaves SIGINT ignored, and what is tested about it would not happen."""
+"""Three workers share two cores, as browsers and installations wait now and then (pytest-xdist; `-n 0` runs in one process). Ctrl-C as a person has it: a shell that starts the tests in the background leaves SIGINT ignored, and what is tested about it would not happen."""
 import os
 import pathlib
 import signal

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers
-from benchmarks.run import ROOT, agreement, apart, gemm_rate, seconds, spread, versions
+from benchmarks.run import ROOT, SHAPE_1B, agreement, gemm_rate, halfway, llama, seconds, spread, versions
 from curvtools import kfac
 from curvtools.budget import forecast
 from curvtools.targets import find_targets
@@ -27,11 +27,8 @@ PEAK = dict(H200=989e12, H100=989e12, A100=312e12)                            # 
 
 def model_7b(device, tiny=False):
     "A Llama of the shape of OLMo-2-7B with random weights, made on the device in bfloat16."
-    from transformers import LlamaConfig, LlamaForCausalLM
     shape = dict(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=26, num_attention_heads=4) if tiny else dict(vocab_size=100352, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-    torch.manual_seed(0)
-    with torch.device(device): model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=4096, dtype=torch.bfloat16)).to(torch.bfloat16)
-    return model.eval()
+    return llama(device, torch.bfloat16, **shape, max_position_embeddings=4096)
 
 
 def peak_rate(device):
@@ -74,14 +71,13 @@ def kernels(f, took, device, most=12):
     return {k.removeprefix("aten::"): v / busy for k, v in sorted(each.items(), key=lambda x: -x[1])[:most] if v > .01 * busy} | dict(idle=max(0., 1 - busy / 1e6 / took))
 
 
-def beside(make, shape, many, blocks, rounds, device):
+def beside(how, shape, many, blocks, rounds, device):
     "This library and the others on one model in float32, and this library on the same model in bfloat16, in turn: seconds, time / that of kronfluence (the textbook's where it is not installed), bytes, largest difference of A and G."
     import copy
-    model = make(device); ids = torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    model = llama(device, **how); ids = torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
     targets, ways, low = find_targets(model, "mlp", blocks), peers.available(), copy.deepcopy(model).bfloat16()
     agree = agreement(ways, model, [ids[:2, :65]], targets)
-    want, got = (peers.curvtools(m, [ids[:2]], targets, "data") for m in (model, low))
-    agree["bfloat16"] = {s: sorted(apart(got[k][i], want[k][i]) for k in want)[len(want) // 2] for i, s in enumerate("AG")}      # the median
+    agree["bfloat16"] = halfway(*(peers.curvtools(m, [ids[:2]], targets, "data") for m in (low, model)))
     runs = {k: (lambda f=f: f(model, [ids] * many, targets)) for k, f in ways.items()} | dict(bfloat16=lambda: peers.curvtools(low, [ids] * many, targets))
     times, peak, names = {k: [] for k in runs}, {}, list(runs)
     for r in range(rounds + 1):                                              # the first warms up
@@ -94,17 +90,8 @@ def beside(make, shape, many, blocks, rounds, device):
     return {k: dict(seconds=spread(t), faster=spread([b / a for a, b in zip(t, base)]), peak=peak.get(k), positions=many * ids[:, 1:].numel(), **agree[k]) for k, t in times.items()}
 
 
-def llama(**shape):
-    from transformers import LlamaConfig, LlamaForCausalLM
-    def make(device):
-        torch.manual_seed(0)
-        with torch.device(device): return LlamaForCausalLM(LlamaConfig(**shape)).eval()
-    return make
-
-
-SMOL = llama(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)      # the shape of SmolLM2-135M
-ONE_B = llama(vocab_size=49152, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)  # of `random_1b`
-SMALL = llama(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4)
+SMOL = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)      # SmolLM2-135M's
+SMALL = dict(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4)
 
 
 def strips(sizes, rows, device, rounds=5):
@@ -153,7 +140,7 @@ def main(argv=None):
     r = dict(device=torch.cuda.get_device_name() if d == "cuda" else d, tiny=a.tiny, versions=versions("torch", "transformers", "kronfluence", "curvlinops-for-pytorch"), date=time.strftime("%Y-%m-%d"), products=dict(float32=gemm_rate(n=256 if a.tiny else 8192, device=d), bfloat16=peak_rate(d)[1]))
     before = json.loads(a.out.read_text()) if a.out.exists() else {}
     if (before.get("device"), before.get("tiny")) == (r["device"], r["tiny"]): r = before | r
-    sizes, shapes = ([64, 160], dict(small=(SMALL, (2, 33), 2, None))) if a.tiny else ([4096, 11008], {"SmolLM2-135M's shape": (SMOL, (64, 257), 6, range(23, 30)), "1.07 thousand million": (ONE_B, (64, 257), 1, [14, 15])})
+    sizes, shapes = ([64, 160], dict(small=(SMALL, (2, 33), 2, None))) if a.tiny else ([4096, 11008], {"SmolLM2-135M's shape": (SMOL, (64, 257), 6, range(23, 30)), "1.07 thousand million": (SHAPE_1B, (64, 257), 1, [14, 15])})
     seven = lambda **kw: collecting(model_7b(d, a.tiny), (2, 33) if a.tiny else (16, 513), rounds, d, **kw)
     do = dict(collect=seven, compiled=lambda: seven(samples=[1], compiled=True), beside=lambda: {k: beside(*how, rounds, d) for k, how in shapes.items()},
               strips=lambda: strips(sizes, 128 if a.tiny else 8192, d), eigh=lambda: ladder(sizes, d), tests=suite)

@@ -84,12 +84,19 @@ def smol(tokens):
     return model, random_ids(model, tokens), range(23, 30)
 
 
-def random_1b(tokens):
-    "A Llama of 1.07 thousand million random weights; only its shape matters."
+SHAPE_1B = dict(vocab_size=49152, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2048, tie_word_embeddings=True)
+
+
+def llama(device="cpu", dtype=torch.float32, **shape):
+    "A Llama of random weights; only its shape matters."
     from transformers import LlamaConfig, LlamaForCausalLM
-    shape = LlamaConfig(vocab_size=49152, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2048, tie_word_embeddings=True)
     torch.manual_seed(0)
-    return LlamaForCausalLM(shape).eval(), random_ids(None, tokens, 49152), [14, 15]
+    with torch.device(device): return LlamaForCausalLM(LlamaConfig(**shape, dtype=dtype)).to(dtype).eval()
+
+
+def random_1b(tokens):
+    "1.07 thousand million weights."
+    return llama(**SHAPE_1B), random_ids(None, tokens, 49152), [14, 15]
 
 
 def random_ids(model, tokens, vocab=None, length=128):
@@ -103,6 +110,9 @@ MODELS = dict(playground=(playground, 4096, 7), smol=(smol, 1024, 5), random_1b=
 # ---- collect
 
 def apart(x, y): return ((x.to(y.device) - y).norm() / y.norm()).item()          # kronfluence keeps its factors on the CPU
+
+
+def halfway(got, want): return {s: statistics.median(apart(got[k][i], want[k][i]) for k in want) for i, s in enumerate("AG")}   # the median over the matrices
 
 
 def agreement(ways, model, batches, targets):
@@ -182,7 +192,7 @@ def lower(model, batches, few, targets, own):
     import copy
     want, m = peers.curvtools(model, few, targets, "data"), copy.deepcopy(model).bfloat16()
     got = peers.curvtools(m, few, targets, "data")
-    out = {s: statistics.median(apart(got[k][i], want[k][i]) for k in want) for i, s in enumerate("AG")}
+    out = halfway(got, want)
     if has_bf16(): t = [seconds(lambda: peers.curvtools(m, batches, targets))[0] for _ in own]; out |= dict(seconds=spread(t), ratio=spread([a / b for a, b in zip(own, t)]))
     return out
 

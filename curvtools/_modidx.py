@@ -1168,6 +1168,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'curvtools.targets._columns': ('targets.html#_columns', 'curvtools/targets.py'),
                                    'curvtools.targets._cut_up': ('targets.html#_cut_up', 'curvtools/targets.py'),
                                    'curvtools.targets._experts': ('targets.html#_experts', 'curvtools/targets.py'),
+                                   'curvtools.targets._feed': ('targets.html#_feed', 'curvtools/targets.py'),
                                    'curvtools.targets._fill': ('targets.html#_fill', 'curvtools/targets.py'),
                                    'curvtools.targets._full': ('targets.html#_full', 'curvtools/targets.py'),
                                    'curvtools.targets._halves': ('targets.html#_halves', 'curvtools/targets.py'),

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .targets import Target, block_list, find_targets, fingerprints, weight, _below, _cut_up, _home, _module, _read_target, _stored
+from .targets import Target, block_list, find_targets, fingerprints, weight, _below, _cut_up, _feed, _home, _module, _read_target, _stored
 
 # %% ../nbs/02_kfac.ipynb #a1c7e0d2
 def _strips(d, device): # one product on a GPU must fill it: fewer there
@@ -725,7 +725,7 @@ def _in_pieces(run, sums, drawn, most):
 
 # %% ../nbs/02_kfac.ipynb #f51dc8b5
 def _hash(h, tensors):
-    for t in tensors: h.update(f"{tuple(t.shape)}{t.dtype}".encode()); h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for t in tensors: h.update(f"{tuple(t.shape)}{t.dtype}".encode()); _feed(h, t)
     return h
 
 def _whose(model, targets, **how):
@@ -963,7 +963,7 @@ class _Run(_Sums):
         "A batch was read; ids or pixels of those that count go into the data's hash; for a snapshot, `whole`, all of it into another."
         if whole: _hash(self.all, [b[k] for k in sorted(b)])
         self.read += 1
-        if self.read not in self.skipped: self.digest.update(b.get("input_ids", b.get("pixel_values")).cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        if self.read not in self.skipped: _feed(self.digest, b.get("input_ids", b.get("pixel_values")))
     def resume(self, path, whose):
         "Take up a snapshot; returns the state that reading through its batches must lead to, or None."
         state = _read_snapshot(path, whose, self.sets, self.seen)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import __version__
-from .targets import weight
+from .targets import weight, _feed as _feed_bytes
 from .data import Passage, Passages, Windows
 from .kfac import Factors, frozen, _Recorder
 from .decompose import Basis, Eigen, random_basis
@@ -194,7 +194,7 @@ def _say(h:Any, *xs:Any):
 
 def _feed_tensor(h:Any, x:Tensor):
     _say(h, "tensor", x.dtype, list(x.shape))
-    h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+    _feed_bytes(h, x)
 
 def _feed_function(h:Any, f:Any):
     "Code, defaults and enclosed values; global names are taken to stand for the same things."

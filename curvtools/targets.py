@@ -568,11 +568,15 @@ def _pieces(flat, box=None): # bytes [n], on any device; what they pass through 
     box = torch.empty(min(2**24, len(flat)), dtype=torch.uint8, pin_memory=flat.is_cuda) if box is None else box
     for x in flat.split(max(1, len(box))): yield box[:len(x)].copy_(x).numpy()
 
+def _feed(h, t): # a hash; any tensor that holds numbers
+    "The bytes of a tensor, as stored, into a hash."
+    for x in _pieces(t.detach().contiguous().reshape(-1).view(torch.uint8)): h.update(x)
+
 def fingerprint(model:nn.Module, target:Target) -> str: # 16 hexadecimal digits
     "Hash (blake2b) of a target's weight as stored: bytes, shape and dtype."
     p = _full(_param(model, target).detach())
     h = hashlib.blake2b(f"{tuple(p.shape)} {p.dtype}".encode(), digest_size=8)
-    for x in _pieces(p.contiguous().reshape(-1).view(torch.uint8)): h.update(x)
+    _feed(h, p)
     return h.hexdigest()
 
 def fingerprints(model:nn.Module, targets) -> dict: # name -> fingerprint

@@ -8,7 +8,7 @@ __all__ = ['fisher_block', 'ggn_block', 'hessian_block', 'kfac_block', 'directio
            'edits_figure', 'judge', 'stability', 'by_rank', 'stability_table', 'stability_figure']
 
 # %% ../nbs/17_fidelity.ipynb #63c7c1e3
-import inspect, math
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .targets import Target, find_targets, weight, _module
-from .kfac import Factors, _batch, _batches, _check_finite, _collect, _image, _opened, _plain_attention, _text, collect, frozen
+from .kfac import Factors, _accepts, _batch, _batches, _check_finite, _collect, _image, _opened, _plain_attention, _text, collect, frozen
 from .decompose import Basis, Eigen, _orthonormal, check_weights, random_basis
 from .evaluate import _draws
 from .edit import Edit, Masked
@@ -129,7 +129,7 @@ def _positions_of(model:nn.Module, t:Target, inputs:dict) -> int:
 def _passes(model:nn.Module, batches:Any, t:Target, labels:str="exact"):
     "Of each batch: logits as a function of W, labels of the scored positions [n], number of counted positions."
     device = next(model.parameters()).device
-    accepts = inspect.signature(getattr(model, "base_model", model).forward).parameters
+    accepts = _accepts(model, "position_ids")
     for b in (_fit_labels(model, _batch(b)) for b in _batches(batches)[0]):
         inputs, y, w, *_ = _text(b, model, device, accepts) if "input_ids" in b else _image(b, model, device, "all", labels)
         if "pixel_values" in inputs: inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
@@ -266,10 +266,10 @@ def _compare(
                 cosine=float((M*F).sum()/(M.norm()*F.norm())), rank=spearman(f, m), same_kept=same_kept(f, m, fraction))
 
 # %% ../nbs/17_fidelity.ipynb #903987d4
-def _blocks(model, batches, t, basis, factors, labels, tokens, hessian, ggn) -> dict: # name -> block [P, P]
+def _blocks(model, batches, t, basis, factors, labels, tokens, hessian, ggn, seed) -> dict: # name -> block [P, P]
     "The exact block, first, and all that are to be compared with it."
     pictures, e = "pixel_values" in batches[0], basis[t.name]
-    kw = dict(labels=labels, tokens=tokens, progress=False)
+    kw = dict(labels=labels, tokens=tokens, progress=False, seed=seed)
     moments = {per: second_moments(model, basis, batches, per=per, **kw) for per in ("position", "sequence")}
     control = random_basis(basis)[t.name]; Q = directions(control)
     out = {"Fisher": fisher_block(model, batches, t)} if pictures else {}
@@ -342,14 +342,22 @@ def component_curvature(
     "Exact curvature along single components u_i v_jᵀ of a matrix of any size. IndexError where there is no such component, ValueError for a basis of other weights."
     if kind not in ("ggn", "fisher", "hessian"): raise ValueError(f'kind must be "ggn", "fisher" or "hessian", not {kind!r}')
     check_weights(model, e.target, e.fingerprint, "take a basis of this model")
-    t = e.target; W = weight(model, t).clone(); i, j = _checked_pairs(e, pairs)
-    U, V = e.UG.to(W)[:, i], e.UA.to(W)[:, j]                                    # [d_out, K], [d_in, K]
-    if kind == "fisher": return _pass(model, batches, t, _PairSum(U, V), labels, "sequence", tokens, seed).mean()
-    out, n = torch.zeros(len(i), dtype=torch.float64), 0
+    if kind == "fisher": return _pass(model, batches, e.target, _PairSum(*_vectors(model, e, pairs)), labels, "sequence", tokens, seed).mean()
+    total, n = _curvature_sum(model, batches, e, pairs, kind)
+    return total/n
+
+def _vectors(model, e:Eigen, pairs:list) -> tuple: # ([d_out, K], [d_in, K]), as the weight
+    (i, j), W = _checked_pairs(e, pairs), weight(model, e.target)
+    return e.UG.to(W)[:, i], e.UA.to(W)[:, j]
+
+def _curvature_sum(model, batches, e:Eigen, pairs:list, kind:str="ggn") -> tuple: # (float64 [K], positions)
+    "Summed over positions, so that parts of the data can be put together."
+    (U, V), W = _vectors(model, e, pairs), weight(model, e.target).clone()
+    out, n = torch.zeros(len(pairs), dtype=torch.float64), 0
     with frozen(model), _plain_attention(model):
-        for f, y, k in _passes(model, batches, t, "data" if kind == "hessian" else "exact"):
+        for f, y, k in _passes(model, batches, e.target, "data" if kind == "hessian" else "exact"):
             out += torch.tensor([_along(kind, f, y, W, torch.outer(u, v)) for u, v in zip(U.T, V.T)], dtype=torch.float64); n += k
-    return out/n
+    return out, n
 
 # %% ../nbs/17_fidelity.ipynb #0d325945
 class _Kept:
@@ -416,20 +424,20 @@ def _row(name:str, exact:Tensor, guess:Tensor, fraction:float) -> dict: # both [
     return dict(name=name, log_r2=r2, low=low, high=high, scale=scale, rank=spearman(exact, guess), same_kept=same_kept(exact, guess, fraction))
 
 # %% ../nbs/17_fidelity.ipynb #cc4a3265
-def _sampled(model, batches, t, basis, pairs, fraction, tokens, hessian, seed) -> Fidelity:
+def _sampled(model, batches, t, basis, pairs, fraction, labels, tokens, hessian, seed) -> Fidelity:
     "Components of a matrix of any size."
-    e, kw = basis[t.name], dict(tokens=tokens, progress=False, seed=seed)
+    e, kw = basis[t.name], dict(labels=labels, tokens=tokens, progress=False, seed=seed)
     i, j = _checked_pairs(e, pairs)
-    halves = [component_curvature(model, h, e, pairs) for h in (batches[::2], batches[1::2]) if h]
-    d = {"GGN = Fisher, all labels": sum(halves)/len(halves)}
-    if len(halves) == 2: d["one half for the other"] = halves[1]
+    halves = [_curvature_sum(model, h, e, pairs) for h in (batches[::2], batches[1::2]) if h]     # sums, as the halves may differ in size
+    d = {"GGN = Fisher, all labels": sum(s for s, _ in halves)/sum(n for _, n in halves)}
+    if len(halves) == 2: d["one half for the other"] = halves[1][0]/halves[1][1]
     d["Fisher, drawn labels"] = component_curvature(model, batches, e, pairs, "fisher", "sample", tokens, seed)
     if hessian: d["Hessian"] = component_curvature(model, batches, e, pairs, "hessian")
     if tokens == "all" or "input_ids" in batches[0]: d["EK-FAC"] = second_moments(model, basis, batches, **kw).of(e)[i, j].double()
     d["K-FAC"] = (e.lam[i]*e.mu[j]).double()
     d["K-FAC, random pairs"] = d["K-FAC"][torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))]
     first = next(iter(d.values()))
-    rows = [_row(k, halves[0] if k == "one half for the other" else first, v.cpu(), fraction) for k, v in d.items()]
+    rows = [_row(k, halves[0][0]/halves[0][1] if k == "one half for the other" else first, v.cpu(), fraction) for k, v in d.items()]
     return Fidelity(t, e, rows, d, sum(len(b.get("input_ids", b.get("pixel_values"))) for b in batches), fraction, pairs, off_diagonal(model, batches, e, "sample", tokens, seed))
 
 # %% ../nbs/17_fidelity.ipynb #2fa13d72
@@ -455,8 +463,8 @@ def fidelity(
     labels = labels or ("exact" if "pixel_values" in batches[0] else "sample")
     factors = collect(model, batches, [t], labels=labels, tokens=tokens, progress=False, seed=seed) if factors is None else factors
     basis = Basis([factors.eigen(model)[t.name]], dict(factors.meta, basis="kfac"))
-    if components is not None: return _sampled(model, batches, t, basis, _drawn(basis[t.name], components, seed), fraction, tokens, hessian, seed)
-    Q = directions(basis[t.name]); blocks = {k: Q.T@M@Q for k, M in _blocks(model, batches, t, basis, factors, labels, tokens, hessian, ggn).items()}
+    if components is not None: return _sampled(model, batches, t, basis, _drawn(basis[t.name], components, seed), fraction, labels, tokens, hessian, seed)
+    Q = directions(basis[t.name]); blocks = {k: Q.T@M@Q for k, M in _blocks(model, batches, t, basis, factors, labels, tokens, hessian, ggn, seed).items()}
     exact = next(iter(blocks.values()))
     return Fidelity(t, basis[t.name], [dict(name=k, **_compare(exact, M, fraction)) for k, M in blocks.items()], {k: M.diagonal().view(t.d_out, t.d_in).clone() for k, M in blocks.items()}, n, fraction)
 

@@ -284,3 +284,18 @@ def test_figures_say_what_they_show():
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["exact", "K-FAC"]
     with pytest.raises(ValueError, match="no rows"): edits_figure([], "forgot", "price")
     with pytest.raises(KeyError, match="prise"): edits_figure(rows, "forgot", "prise")
+
+
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_sampled_components_of_halves_that_differ_in_size(name):
+    "The exact row is the curvature over all positions, however the batches are cut; moments and labels are those that were asked for."
+    model, parts = tiny(name, torch.float32), [data(name, n, seed=i)[0] for i, n in enumerate((8, 3, 1))]
+    t, some = one(model, "q"), [(0, 0), (1, 2), (3, 3), (4, 1), (9, 7)]
+    for labels, seed in (("data", 0), ("sample", 0), ("sample", 3), *([("exact", 0)] if name == "vit" else [])):
+        r = fidelity(model, parts, t, components=some, labels=labels, tokens="all", hessian=False, seed=seed)
+        torch.testing.assert_close(r.diagonals["GGN = Fisher, all labels"], component_curvature(model, parts, r.eigen, some), rtol=1e-9, atol=0)
+        i, j = zip(*some); e = r.eigen
+        own = second_moments(model, collect(model, parts, [t], labels=labels, tokens="all", seed=seed, progress=False).eigen(model, progress=False), parts, labels=labels, tokens="all", seed=seed, progress=False)
+        torch.testing.assert_close(r.diagonals["EK-FAC"], own.of(e)[list(i), list(j)].double(), rtol=1e-4, atol=0)
+    whole = [fidelity(model, parts, t, labels="sample", hessian=False, ggn=False, seed=s, factors=collect(model, parts, [t], progress=False)).diagonals["EK-FAC"] for s in (0, 0, 1)]
+    assert torch.equal(*whole[:2]) and not torch.equal(*whole[1:])

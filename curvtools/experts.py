@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kfac
-from .kfac import Factors, OuterSum, _Recorder, _html_table, _table, _unbroken
+from .kfac import Factors, OuterSum, _Recorder, _html_table, _surely, _table, _unbroken
 from .targets import _stack, _stacks, find_targets, weight
 
 # %% ../nbs/19_experts.ipynb #83472cab
@@ -88,9 +88,10 @@ def experts_function(model:nn.Module, # a transformers model
             for c, _ in before.values(): c._experts_implementation_internal = key
         yield
     finally:
-        with _unbroken():
+        def back():
             for c, old in before.values(): c._experts_implementation_internal = old
-            del registry[key]
+            if key in registry: del registry[key]
+        _surely(back)
 
 # %% ../nbs/19_experts.ipynb #8db1df56
 def _counted(w, path, x, rows, ends): # index of the rows that count, or None; ends [E]

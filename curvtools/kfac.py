@@ -20,9 +20,7 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import tempfile
-import threading
 import weakref
 import zlib
 from collections import Counter
@@ -36,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .targets import Target, block_list, find_targets, fingerprints, weight, _below, _cut_up, _feed, _home, _module, _read_target, _stored
+from .targets import Target, block_list, find_targets, fingerprints, weight, _below, _cut_up, _feed, _home, _module, _read_target, _stored, _surely, _unbroken
 
 # %% ../nbs/02_kfac.ipynb #a1c7e0d2
 def _strips(d, device): # one product on a GPU must fill it: fewer there
@@ -146,7 +144,7 @@ def head_grad(head, # maps hidden states [n, d] to logits [n, V]
              )->Tensor: # gradient of the summed loss on h [n, d]; [k, n, d] for u [n, k]
     "Head, sampling and p - onehot, a chunk of positions at a time."
     several, plain = y is None and u.dim() == 2, type(head) is nn.Linear
-    near = plain and head.weight.device == h.device                          # its rows can be read here
+    near = plain and head.weight.device == h.device and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))   # its rows can be read here, and are all it does
     dh = h.new_empty(u.shape[1] if several else 1, *h.shape)
     for i in range(0, len(h), chunk):
         part = slice(i, i + chunk)
@@ -160,20 +158,6 @@ def head_grad(head, # maps hidden states [n, d] to logits [n, V]
             p[row, c] += 1
         del z, p                                                             # before the next chunk needs the room
     return dh if several else dh[0]
-
-# %% ../nbs/02_kfac.ipynb #1071f75c
-@contextlib.contextmanager
-def _unbroken():
-    "A first Ctrl-C inside takes effect at the end; a second one at once. Only in the main thread, where signals arrive."
-    old, came = signal.getsignal(signal.SIGINT), []
-    if threading.current_thread() is not threading.main_thread() or not callable(old): yield; return
-    def wait(*args):
-        came.append(args)
-        if len(came) > 1: signal.signal(signal.SIGINT, old); old(*args)
-    signal.signal(signal.SIGINT, wait)
-    try: yield
-    finally: signal.signal(signal.SIGINT, old)
-    if len(came) == 1: old(*came[0])
 
 # %% ../nbs/02_kfac.ipynb #c0unted1
 def _counted(x, w, name): # x [..., d]; w [B, S], None: all positions, or "cls", "all", "none"
@@ -189,6 +173,7 @@ def _place(x): return x.untyped_storage()._cdata, x.storage_offset(), x.shape   
 # %% ../nbs/02_kfac.ipynb #d23f882b
 class _Recorder:
     "Hooks on the targets: inputs into A on the way up, output gradients into G on the way down. A context manager."
+    handles:Any = ()
     def __init__(self, model, targets, leader=None, sums=None): # sums: the device they are kept on, None: that of the module
         self.modules = {t.name: model.get_submodule(t.name) for t in targets}
         self.leader = leader or {t.name: t.name for t in targets}    # who accumulates A for whom
@@ -219,9 +204,7 @@ class _Recorder:
             with _unbroken(): self.handles += [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in self.modules.items()]
         except BaseException: self.__exit__(); raise
         return self
-    def __exit__(self, *exc):
-        with _unbroken():
-            for h in self.handles: h.remove()
+    def __exit__(self, *exc): _surely(*[h.remove for h in self.handles])
 
 # %% ../nbs/02_kfac.ipynb #eba6738c
 @contextlib.contextmanager
@@ -234,10 +217,11 @@ def frozen(model:nn.Module): # any module
         model.eval(); model.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad(): yield model
     finally:
-        with _unbroken():
+        def back():
             for m in cut: m.reshard()
             for m, training in modes: m.training = training
             for m, n, flag in flags: m._parameters[n].requires_grad_(flag)
+        _surely(back)
 
 # %% ../nbs/02_kfac.ipynb #7be0a6d4
 @contextlib.contextmanager
@@ -254,9 +238,7 @@ def _tapped(model, names):
         for n in names:
             with _unbroken(): handles.append(_module(model, n).register_forward_hook(hook(n), with_kwargs=True))
         yield seen
-    finally:
-        with _unbroken():
-            for h in handles: h.remove()
+    finally: _surely(*[h.remove for h in handles])
 
 @contextlib.contextmanager
 def _plain_attention(model):
@@ -271,6 +253,7 @@ def _plain_attention(model):
 # %% ../nbs/02_kfac.ipynb #7bc7a360
 def _check_ids(ids, model):
     "ValueError where ids [B, T] cannot be this model's input."
+    if not ids.numel(): raise ValueError(f"a batch of token ids {list(ids.shape)} is empty: leave it out")
     if ids.dim() != 2 or ids.shape[1] < 2: raise ValueError(f"a batch of shape {list(ids.shape)}: windows must be [B, T] with at least two tokens, one to read and one to predict")
     config, table = getattr(model, "config", None), model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     context, words = getattr(config, "max_position_embeddings", None), getattr(table, "num_embeddings", None)
@@ -283,7 +266,13 @@ def _check_labels(y, classes):
     bad = y[(y != -100) & ((y < 0) | (y >= (classes or torch.iinfo(torch.long).max)))]
     if len(bad): raise ValueError(f"label {int(bad[0])} is not a class{f' (0 to {classes - 1})' if classes else ''}; what shall not count is marked with -100")
 
-def _text(batch, model, device, accepts):
+def _accepts(model, what):
+    "Does a model take this argument? One that passes on whatever it is given: does the model within?"
+    takes = lambda m: inspect.signature(m.forward).parameters
+    base = getattr(model, "base_model", model)
+    return what in takes(base) or any(p.kind is p.VAR_KEYWORD for p in takes(base).values()) and any(what in takes(m) for m in base.modules() if hasattr(m, "get_input_embeddings"))
+
+def _text(batch, model, device, accepts): # accepts: does it take position_ids?
     "A batch of tokens -> (inputs, y [B, T-1], w [B, T-1], rows, real)."
     batch = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)}
     ids, mask = batch["input_ids"], batch.get("attention_mask")
@@ -295,7 +284,7 @@ def _text(batch, model, device, accepts):
     inputs = dict(input_ids=ids[:, :-1], use_cache=False)
     if mask is not None and not mask.bool().all():
         inputs["attention_mask"] = mask[:, :-1]
-        if not mask[:, 0].bool().all() and "position_ids" in accepts: inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_(min=0)[:, :-1]
+        if not mask[:, 0].bool().all() and accepts: inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_(min=0)[:, :-1]
     if "position_ids" in batch: inputs["position_ids"] = batch["position_ids"][:, :-1]   # packed documents, counted each from its start
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     has_next = real & (real.flip(1).cumsum(1).flip(1) > 1)                   # real tokens but the last of each row
@@ -303,11 +292,12 @@ def _text(batch, model, device, accepts):
 
 # %% ../nbs/02_kfac.ipynb #53bb1219
 def _check_images(x, model):
-    "ValueError where x [B, C, H, W] cannot be what this classifier reads."
+    "ValueError where x [B, C, H, W] cannot be what this classifier reads, FloatingPointError for NaN."
     channels, most = getattr(getattr(model, "config", None), "num_channels", None), x.abs().max().item() if x.numel() else 0
     if not x.numel(): raise ValueError(f"a batch of images {list(x.shape)} is empty: leave it out")
     if x.dim() != 4 or not x.is_floating_point(): raise ValueError(f"images are floating-point tensors [n, channels, height, width], these are {x.dtype} {list(x.shape)}; standardise bytes first, as the model's image processor does")
     if channels and x.shape[1] != channels: raise ValueError(f"the images have {x.shape[1]} channels, {type(model).__name__} reads {channels}")
+    if not most < torch.inf: raise FloatingPointError('images hold NaN or infinity: mend them, or leave such batches out with on_nan="skip"')
     if not most < 50: raise ValueError(f"pixel values reach {most:g}: these are no standardised images, which stay within a few units of 0; scale them as the model's image processor does")
 
 def _image(batch, model, device, tokens, labels):
@@ -383,6 +373,7 @@ def _split(model, inputs):
     with _heard(base, inputs) as out: want = whole(**inputs)
     if not isinstance(head, nn.Linear) or base is model: return whole, lambda h: h, False, want
     with torch.no_grad():                                                    # a pass to compare with is not a second one that is looked at
+        if not out and not hasattr(base(**inputs), "last_hidden_state"): return whole, lambda h: h, False, want    # a wrapper, such as LoRA's
         h = out[0][0] if len(out) == 1 and out[0][1] == _version(out[0][0]) else trunk(**inputs)
         got = head(h) if h.shape[-1] == head.in_features else None
     same = got is not None and got.shape == want.shape and torch.equal(got.to(want), want)  # the same operations on the same numbers: to the bit
@@ -556,13 +547,15 @@ def save_tensors(path, # file to write
                  tensors:dict, # name -> tensor
                  meta:dict # anything JSON can hold
                 ):
-    "Write safetensors with JSON metadata; the file is complete or absent."
+    "Write safetensors with JSON metadata; the file is complete or absent. OSError where there is no room."
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     path = pathlib.Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     tensors, notes = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, json.dumps(meta)
     with tempfile.TemporaryDirectory(".tmp", f"{_beside(path)}.{os.getpid()}.", path.parent) as d:   # what safetensors leaves beside its file when it is killed is in there too
         tmp, plain = pathlib.Path(d)/"new", pathlib.Path(d)/"plain"; plain.touch()
-        save_file(tensors, tmp, metadata={"kind": kind, "meta": notes, "crc32": _checksum(tensors, notes)})
+        try: save_file(tensors, tmp, metadata={"kind": kind, "meta": notes, "crc32": _checksum(tensors, notes)})
+        except SafetensorError as e: raise OSError(errno.EIO, f"could not be written ({e}); make room there, or name another disk", str(path)) from e
         with contextlib.suppress(OSError): os.chmod(tmp, plain.stat().st_mode)   # to be read by whom any new file is, not by its owner alone
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
@@ -632,7 +625,8 @@ Factors._repr_html_ = lambda self: _html_table(_head, _rows(self), _say(self))
 
 # %% ../nbs/02_kfac.ipynb #4f5e3ce5
 def _save(self, path):
-    "Write the factors as safetensors, A once where it is shared; complete or absent."
+    "Write the factors as safetensors, A once where it is shared; complete or absent. ValueError where there is not one position."
+    if not any(f.count for f in self.values()): raise ValueError("these factors come from no position (0 times factors?): there is nothing to keep")
     tensors, where, targets = {}, {}, {}
     for n, f in self.items():
         a = where.setdefault(f.A.data_ptr(), f"A/{n}")
@@ -652,8 +646,8 @@ def _unpack(cls, tensors, d):
     for n, f in factors.items():
         if (*f.G.shape, *f.A.shape) != (f.target.d_out,) * 2 + (f.target.d_in,) * 2: raise ValueError(f"{n} is {f.target.d_out} x {f.target.d_in}, but G is {list(f.G.shape)} and A {list(f.A.shape)}")
         if n != f.target.name or not {f.A.dtype, f.G.dtype} <= {torch.float32, torch.float64}: raise ValueError(f"{n} has the name {f.target.name}, A in {f.A.dtype}, G in {f.G.dtype}")
-        if isinstance(f.count, bool) or not isinstance(f.count, Real) or not 0 < f.count < 2**63: raise ValueError(f"{n} cannot come from {str(f.count)[:40]} positions")
-    if not factors or not all(v is None or isinstance(v, str) for v in map(d["fingerprints"].get, factors)): raise ValueError("targets or fingerprints are missing")
+        if isinstance(f.count, bool) or not isinstance(f.count, Real) or not 0 <= f.count < 2**63 or f.count == 0 and f.target.expert is None: raise ValueError(f"{n} cannot come from {str(f.count)[:40]} positions")
+    if not any(f.count for f in factors.values()) or not all(v is None or isinstance(v, str) for v in map(d["fingerprints"].get, factors)): raise ValueError("targets or fingerprints are missing")
     return cls(factors, d["fingerprints"], _check_notes(d["meta"]))
 
 def _add(self, other):
@@ -732,7 +726,9 @@ def _whose(model, targets, **how):
     "What must be equal for a snapshot to be gone on with."
     kept = [_stored(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n, _ in model.named_parameters()]
     weights = _hash(hashlib.blake2b(digest_size=8), [*kept, *model.buffers()]).hexdigest()
-    return dict(how, targets=[[t.name, t.d_out, t.d_in] for t in targets], dtype=str(next(model.parameters()).dtype), model=weights)
+    config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"} if hasattr(model, "config") else None
+    wiring = hashlib.blake2b(f"{model!r}{json.dumps(config, sort_keys=True, default=str)}".encode(), digest_size=8).hexdigest()   # activations, epsilons, scales
+    return dict(how, targets=[[t.name, t.d_out, t.d_in] for t in targets], dtype=str(next(model.parameters()).dtype), model=weights, config=wiring)
 
 @contextlib.contextmanager
 def _locked(path):
@@ -753,27 +749,39 @@ _SNAPSHOT = "curvtools.snapshot/1"
 
 def _write_snapshot(path, whose, sets, seen, state):
     "Sums, counts, rows seen and `state` to disk, complete or not at all. OSError where the disk is full; the file before stays."
-    from safetensors import SafetensorError
     sums = {f"{i}/{side}/{n}": s for i, (A, G) in enumerate(sets) for side, d in (("A", A), ("G", G)) for n, s in d.items()}
     rows = dict(keys=torch.frombuffer(bytearray(b"".join(seen)), dtype=torch.uint8), times=torch.tensor(list(seen.values()))) if seen else {}
     try: save_tensors(path, _SNAPSHOT, {k: s.sum for k, s in sums.items()} | rows, dict(whose=whose, state=state, counts={k: s.count for k, s in sums.items()}))
-    except (OSError, SafetensorError) as e:
-        raise OSError(getattr(e, "errno", None) or errno.EIO, f"the snapshot could not be written ({e}); {'the one before it is in place' if path.exists() else 'there is none yet'}. Make room there or name another disk (snapshot=...), and call again; what was gathered so far is in .partial", str(path)) from e
+    except OSError as e:
+        raise OSError(e.errno or errno.EIO, f"the snapshot could not be written ({e}); {'the one before it is in place' if path.exists() else 'there is none yet'}. Make room there or name another disk (snapshot=...), and call again; what was gathered so far is in .partial", str(path)) from e
+
+def _sound_snapshot(tensors, state, counts, sums): # sums: name -> sum
+    "ValueError where no collection can have written this. Returns how often each row was seen."
+    whole = lambda x: type(x) is int and 0 <= x < 2**63
+    number = lambda x: type(x) in (int, float) and 0 <= x < 2**63
+    if not all(whole(state[k]) for k in ("n", "done", "read")) or not (state["most"] is None or whole(state["most"]) and state["most"]): raise ValueError("counters")
+    if not isinstance(state["skipped"], list) or not all(map(whole, state["skipped"])) or not isinstance(state["all"], str): raise ValueError("batches")
+    if not isinstance(state["checks"], list) or not all(isinstance(c, list) and len(c) == 2 and all(map(number, c)) for c in state["checks"]): raise ValueError("checks")
+    for k, s in sums.items():
+        if tensors[k].shape != s.sum.shape or tensors[k].dtype != s.sum.dtype or not number(counts[k]): raise ValueError(f"sum {k}")
+    if "keys" not in tensors: return {}
+    keys, times = tensors["keys"], tensors["times"]
+    if keys.dtype != torch.uint8 or times.dtype != torch.int64 or len(keys) != 16 * len(times) or times.min() < 1: raise ValueError("rows")
+    return dict(zip((bytes(k) for k in keys.view(-1, 16).tolist()), times.tolist()))
 
 def _read_snapshot(path, whose, sets, seen):
     "Put what `_write_snapshot` wrote into the sums and `seen`; returns the state, None where there is no file. ValueError if it is another run's."
     if not path.exists(): return None
     tensors, d = load_tensors(path, _SNAPSHOT)
-    theirs = d.get("whose", {})
+    if not isinstance(d, dict) or not isinstance(theirs := d.get("whose"), dict): raise ValueError(f"{path} is damaged (it does not say whose it is); remove it and collect from the start")
     for k in whose:
         if theirs.get(k) != whose[k]: raise ValueError(f"{path} was made with another {k}" + (f": {theirs.get(k)!r} and not {whose[k]!r}" if len(str(whose[k])) < 30 else "") + "; call collect as it was called then, or give this run a path of its own")
     try:
-        for i, (A, G) in enumerate(sets):
-            for side, sums in (("A", A), ("G", G)):
-                for n, s in sums.items(): s.sum.copy_(tensors[f"{i}/{side}/{n}"]); s.count = d["counts"][f"{i}/{side}/{n}"]
-        if "keys" in tensors: seen.update(dict(zip((bytes(k) for k in tensors["keys"].view(-1, 16).tolist()), tensors["times"].tolist())))
-        return d["state"]
-    except (KeyError, RuntimeError, TypeError) as e: raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); remove it and collect from the start") from e
+        sums = {f"{i}/{side}/{n}": s for i, (A, G) in enumerate(sets) for side, x in (("A", A), ("G", G)) for n, s in x.items()}
+        rows = _sound_snapshot(tensors, d["state"], d["counts"], sums)
+        for k, s in sums.items(): s.sum.copy_(tensors[k]); s.count = d["counts"][k]
+        seen.update(rows); return d["state"]
+    except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as e: raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); remove it and collect from the start") from e
 
 # %% ../nbs/02_kfac.ipynb #55d650c3
 def _check_finite(model, targets):
@@ -810,6 +818,7 @@ def _result(model, targets, rec, prints, meta):
 # %% ../nbs/02_kfac.ipynb #5c41e7d0
 def _device(sums):
     "The device that sums are kept on, with its index; None: that of each target."
+    if sums is not None and str(sums) == "meta": raise ValueError('sums="meta" holds no numbers; take "cpu", or None for the device of each target')
     try: return None if sums is None else torch.empty(0, device=sums).device
     except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f"sums={sums!r} is no device of this machine ({e}); take \"cpu\", or None for the device of each target") from e
 
@@ -889,6 +898,7 @@ def _check_cut(model, **asked): # argument -> whether it was asked for
 @contextlib.contextmanager
 def _opened(model, batches, alone=False): # as for `collect`
     "(stream, first, total, peers) of a pass over data, in a distributed run over that of all processes; the model is frozen inside."
+    if isinstance(model, nn.parallel.DistributedDataParallel): raise ValueError("this is a DistributedDataParallel, which makes processes wait for each other in every pass; give the model in it, model.module: the processes' sums are added up all the same")
     _check_cut(model, **{"alone=True": alone}); peers = None if alone else _peers()
     with frozen(model), peers or contextlib.nullcontext(): yield *(peers.batches(batches) if peers else _batches(batches)), peers
 
@@ -905,7 +915,7 @@ def collect(model, # a transformers model, or the id or folder of a causal one
             progress:bool=True, # print the forecast and show a bar
             on_interrupt:str="raise", # Ctrl-C: "raise" (with what there is as `.partial`) or "return" what there is
             on_nan:str="raise", # a batch that gives NaN or infinity: "raise", or "skip" it (at the price of a second copy of the sums)
-            snapshot=None, # file to keep the sums in; the same call with the same file goes on where it was, to the bit
+            snapshot=None, # file to keep the sums in, also at a Ctrl-C; the same call with the same file goes on where it was, to the bit
             every:int=1_000_000, # tokens (or images) between two snapshots
             mc_samples:int=1, # labels drawn for each position from one forward pass; each costs a backward pass more
             stop=None, # "converged", or how far (.01) `curvtools.budget.agreement` may be from 1: end when even and odd batches agree; None: at the end of the data
@@ -916,13 +926,14 @@ def collect(model, # a transformers model, or the id or folder of a causal one
     _check_settings(labels, tokens, chunk, on_interrupt, on_nan, every, mc_samples, stop)
     if isinstance(model, (str, os.PathLike)):
         from transformers import AutoModelForCausalLM
-        model = AutoModelForCausalLM.from_pretrained(model)
+        model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)   # a pickle can run code
     chosen = find_targets(model, targets, blocks, projections)
     outside = [t.name for t in chosen if t.block < 0]
     if outside: raise ValueError(f"{outside[0]} lies outside the blocks; collect works on the matrices inside them")
     _check_finite(model, chosen)
     if any(p.is_inference() for p in model.parameters()): raise ValueError("this model was made inside torch.inference_mode(), so nothing can flow back through it; load it outside of that")
     sums = _device(sums)
+    if snapshot and os.path.isdir(snapshot): raise ValueError(f"snapshot={str(snapshot)!r} is a folder: name a file in it")
     with _opened(model, batches, alone) as (stream, first, total, peers):
         if peers and snapshot: snapshot = peers.own(snapshot)
         return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt, on_nan=on_nan, snapshot=snapshot, every=every, stop=.01 if stop == "converged" else stop, peers=peers, sums=sums, mc_samples=mc_samples)
@@ -955,8 +966,8 @@ class _Run(_Sums):
     "What a collection has got: sums, counters, and the hash of the data they come from."
     def __init__(self, rec, other=None, stop=None, in_step=False): # as for `_Sums`; do all processes make every pass together?
         super().__init__(rec, other, stop); self.in_step = in_step
-        self.seen, self.most, self.done, self.read = Counter(), None, 0, 0       # rows, the largest batch that fits, positions with a label, batches read
-        self.whole = True                                                    # False while the batches of a snapshot are read
+        self.seen, self.most, self.done, self.read, self.saved = Counter(), None, 0, 0, 0   # rows, the largest batch that fits, positions with a label, batches read, those in the snapshot
+        self.whole = True                                                    # False while the batches of a snapshot are read, and when a batch is in the sums in part
         self.skipped, self.digest, self.all = [], hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     def state(self): return dict(n=self.n, done=self.done, read=self.read, most=self.most, skipped=self.skipped, checks=self.checks, all=self.all.hexdigest())
     def note(self, b, whole):
@@ -967,17 +978,20 @@ class _Run(_Sums):
     def resume(self, path, whose):
         "Take up a snapshot; returns the state that reading through its batches must lead to, or None."
         state = _read_snapshot(path, whose, self.sets, self.seen)
-        if state: self.n, self.done, self.most, self.skipped, self.checks = (state[k] for k in ("n", "done", "most", "skipped", "checks"))
+        if state: self.n, self.done, self.most, self.skipped, self.checks = (state[k] for k in ("n", "done", "most", "skipped", "checks")); self.saved = state["read"]
         return state
-    def batch(self, run, drawn, skip):
+    def save(self, path, whose): _write_snapshot(path, whose, self.sets, self.seen, self.state()); self.saved = self.read
+    def batch(self, run, draw, skip): # draw() -> the batch, prepared
         "One batch into the sums, whole or not at all where skip is set. Returns whether it is in them."
         self.rec.A, self.rec.G = self.sets[self.n % len(self.sets)]
-        sums = _sums(self.rec)
-        kept = [(s.sum.clone(), s.count) for s in sums] if skip else None
-        try: done, self.most = _in_pieces(run, sums, drawn, self.most); self.done += done; self.n += 1; return True
-        except FloatingPointError:
-            if not skip: raise
-        for s, (old, count) in zip(sums, kept): s.sum.copy_(old); s.count = count
+        sums = _sums(self.rec); before = [s.count for s in sums]
+        kept = [s.sum.clone() for s in sums] if skip else None
+        try: done, self.most = _in_pieces(run, sums, draw(), self.most); self.done += done; self.n += 1; return True
+        except BaseException as e:
+            if not skip or not isinstance(e, FloatingPointError):
+                self.whole = not isinstance(e, KeyboardInterrupt) and before == [s.count for s in sums]     # a second Ctrl-C may come within an addition
+                raise
+        for s, old, count in zip(sums, kept, before): s.sum.copy_(old); s.count = count
         self.skipped.append(self.read + 1); return False
 
 # %% ../nbs/02_kfac.ipynb #134b239e
@@ -992,15 +1006,14 @@ def _passes(run, stream, bar, draw, one, skip, path, whose, every):
         else:
             seen = run.seen.copy() if skip else None
             with _unbroken():
-                if not run.batch(one, draw(b), skip): run.seen = seen
-                run.note(b, path)
-            run.check(tokens)
+                if not run.batch(one, lambda: draw(b), skip): run.seen = seen
+                run.note(b, path); run.check(tokens)
             since += size
-            if path and since >= every: _write_snapshot(path, whose, run.sets, run.seen, run.state()); since = 0
+            if path and since >= every: run.save(path, whose); since = 0
         bar.update(size); bar.set_postfix(dict(skipped=len(run.skipped)) if run.skipped else {}, refresh=False, **(dict(agreement=f"{run.checks[-1][1]:.4f}") if run.checks else {}))
         if run.whole and run.converged and not run.in_step: break
     if goal and run.read < goal["read"]: raise ValueError(f"{path} holds {goal['read']} batches, but the data has only {run.read}: it is not the data that the snapshot comes from")
-    if path and since: _write_snapshot(path, whose, run.sets, run.seen, run.state())
+    if path and since: run.save(path, whose)
 
 def _same_data(run, goal, path):
     "ValueError where the batches read are not those of the snapshot."
@@ -1011,9 +1024,9 @@ def _same_data(run, goal, path):
 # %% ../nbs/02_kfac.ipynb #9fa6e7ef
 def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, progress, on_interrupt, recorder=_Recorder, result=_result, on_nan="raise", snapshot=None, every=0, stop=None, peers=None, sums=None, mc_samples=1):
     cut = _check_cut(model, **{'labels="exact"': labels == "exact", 'on_nan="skip"': on_nan == "skip", "snapshot=": snapshot, 'on_interrupt="return"': on_interrupt == "return"})
-    device, accepts = _entry(model), inspect.signature(getattr(model, "base_model", model).forward).parameters
+    device, accepts = _entry(model), _accepts(model, "position_ids")
     prepare = lambda b: _text(b, model, device, accepts) if "input_ids" in b else _image(b, model, device, tokens, labels)
-    small = prepare({k: v[:1, :5] if k != "pixel_values" and v.dim() > 1 else v[:1] for k, v in first.items() if torch.is_tensor(v)})[0]
+    small = prepare({k: v[:1, :5] if k != "pixel_values" and v.dim() > 1 else v[:1] if k != "pixel_values" else v[:1].nan_to_num(0, 0, 0) for k, v in first.items() if torch.is_tensor(v)})[0]
     small.pop("attention_mask", None); small.pop("position_ids", None)       # a few tokens, to look at the model's wiring
     probe = _probe
     if any(t.role == "expert" for t in targets):
@@ -1038,8 +1051,12 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     if run.in_step: stream, one = peers.in_step(stream, run, lambda: one(_idle(prepare(first)))), _whole_batch(one)
     try:
         with _locked(path) if path else contextlib.nullcontext(), rec, tqdm(total=total, unit=" tok", unit_scale=True, desc="collect", disable=not progress, delay=1) as bar:
-            _passes(run, stream, bar, lambda b: _drawn(prepare(b), labels, seed, run.seen, mc_samples), one, on_nan == "skip", path, whose, every)
+            try: _passes(run, stream, bar, lambda b: _drawn(prepare(b), labels, seed, run.seen, mc_samples), one, on_nan == "skip", path, whose, every)
+            except KeyboardInterrupt:
+                if path and run.whole and run.read > run.saved: run.save(path, whose)
+                raise
     except BaseException as e:
+        _surely(*[h.remove for h in rec.handles])                            # a Ctrl-C may have come before that began
         if peers and run.whole and on_interrupt == "return" and isinstance(e, KeyboardInterrupt): peers.reduce(run)
         part = finish() if run.whole and not isinstance(e, FloatingPointError) else None
         if isinstance(e, KeyboardInterrupt) and on_interrupt == "return" and part is not None: return part

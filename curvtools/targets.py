@@ -6,7 +6,7 @@
 __all__ = ['Target', 'block_list', 'Targets', 'find_targets', 'weight', 'write_weight', 'fingerprint', 'fingerprints']
 
 # %% ../nbs/00_targets.ipynb #872b8368
-import re, html, hashlib, os, sys
+import contextlib, hashlib, html, os, re, signal, sys, threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -562,6 +562,28 @@ def _put_back(pairs): # (tensor, what it shall hold)
     if stop is not None: raise stop
 
 # %% ../nbs/00_targets.ipynb #13c34fdf
+@contextlib.contextmanager
+def _unbroken():
+    "A first Ctrl-C inside takes effect at the end; a second one at once. Only in the main thread, where signals arrive."
+    old, came = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(old): yield; return
+    def wait(*args):
+        came.append(args)
+        if len(came) > 1: signal.signal(signal.SIGINT, old); old(*args)
+    signal.signal(signal.SIGINT, wait)
+    try: yield
+    finally: signal.signal(signal.SIGINT, old)
+    if len(came) == 1: old(*came[0])
+
+def _surely(*restore): # what may be done twice
+    "All of it, also where a Ctrl-C comes before `_unbroken` listens."
+    try:
+        with _unbroken():
+            for f in restore: f()
+    except BaseException:
+        for f in restore: f()
+        raise
+
 def _pieces(flat, box=None): # bytes [n], on any device; what they pass through on the way to the CPU
     "The bytes as arrays; from a GPU 16 MB at a time, so that no memory is asked for but once."
     if flat.device.type == "cpu" and box is None: yield flat.numpy(); return
@@ -583,4 +605,5 @@ def fingerprints(model:nn.Module, targets) -> dict: # name -> fingerprint
     "Of several targets, hashed side by side."
     targets = list(targets)
     if _cut_up(model): return {t.name: fingerprint(model, t) for t in targets}   # gathered by all processes in one order
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 4)) as pool: return {t.name: f for t, f in zip(targets, pool.map(lambda t: fingerprint(model, t), targets))}
+    if len(targets) < 2 or sum(t.d_out * t.d_in for t in targets) < 2**20: return {t.name: fingerprint(model, t) for t in targets}
+    with _unbroken(), ThreadPoolExecutor(min(16, os.cpu_count() or 4)) as pool: return {t.name: f for t, f in zip(targets, pool.map(lambda t: fingerprint(model, t), targets))}

@@ -339,3 +339,13 @@ def test_stop_with_experts_that_nobody_asks():
     lone = next(n for n, v in f.items() if v.count)
     halves[1][lone] = SimpleNamespace(A=torch.zeros_like(f[lone].A), G=torch.zeros_like(f[lone].G))
     assert agreement(f, f) > .999 and agreement(*halves) == agreement(*halves[::-1]) == 0
+
+
+def test_factors_with_silent_experts_are_saved_and_read(tmp_path):
+    "An expert to which no position was routed has a count of 0; a plain matrix never has, and not all have."
+    f = collect(tiny("qwen3_moe"), [torch.randint(3, V, (1, 2))], "experts", progress=False)
+    assert any(x.count == 0 for x in f.values())
+    f.save(tmp_path/"f"); g = Factors.load(tmp_path/"f")
+    assert [x.count for x in g.values()] == [x.count for x in f.values()] and all(torch.equal(g[n].G, f[n].G) for n in f)
+    with pytest.raises(ValueError, match="no position"): (0*f).save(tmp_path/"g")
+    assert not (tmp_path/"g").exists()

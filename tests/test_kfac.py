@@ -594,3 +594,58 @@ def test_a_device_that_multiplies_bfloat16_into_float32_and_one_that_cannot(monk
         monkeypatch.undo(); total = torch.zeros(300, 300, device="cuda"); x = torch.randn(64, 300, device="cuda").bfloat16()
         kfac.add_outer(total, x)
         assert torch.allclose(total.triu(), (x.float().T @ x.float()).triu(), atol=1e-3)
+
+
+def alike(a, b): return list(a) == list(b) and all(near(a[n].A, b[n].A) and near(a[n].G, b[n].G) and a[n].count == b[n].count for n in a)
+
+
+def test_a_hook_on_the_head_counts_with_several_labels_too():
+    "Further labels of a position are differences of the head's rows only where the head does nothing else."
+    hooked, scaled = tiny("llama"), tiny("llama"); ids = tiny_inputs("llama", 4)["input_ids"]
+    hooked.lm_head.register_forward_hook(lambda m, a, o: o * .3)
+    with torch.no_grad(): scaled.lm_head.weight *= .3
+    for k in (1, 3): assert alike(collect(hooked, [ids], mc_samples=k, progress=False), collect(scaled, [ids], mc_samples=k, progress=False))
+
+
+class Passing(torch.nn.Module):
+    "A wrapper that passes on whatever it is given, as those of adapters do; it has no trunk of its own."
+    def __init__(self, model): super().__init__(); self.inner, self.config = model, model.config
+    def forward(self, *args, **kw): return self.inner(*args, **kw)
+    def get_input_embeddings(self): return self.inner.get_input_embeddings()
+    def get_output_embeddings(self): return self.inner.get_output_embeddings()
+    @property
+    def base_model(self): return self.inner
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_a_wrapper_that_passes_arguments_on(name):
+    "Padding on the left needs position_ids, of which the wrapper's signature says nothing."
+    batch = pad(sequences(), "left"); wrapped, plain = (collect(m, [batch], "all", progress=False) for m in (Passing(tiny(name)), tiny(name)))
+    assert all(near(wrapped["inner." + n].A, f.A) and near(wrapped["inner." + n].G, f.G) for n, f in plain.items()) and len(wrapped) == len(plain)
+
+
+def test_what_cannot_be_collected_is_named(tmp_path):
+    model = tiny("llama"); ids = tiny_inputs("llama")["input_ids"]
+    with pytest.raises(ValueError, match="is empty: leave it out"): collect(model, [ids, ids[:, :0]], progress=False)
+    with pytest.raises(ValueError, match='sums="meta" holds no numbers'): collect(model, [ids], sums="meta", progress=False)
+    import torch.distributed as dist
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="model.module"): collect(torch.nn.parallel.DistributedDataParallel(model), [ids], progress=False)
+    finally: dist.destroy_process_group()
+    model.config.save_pretrained(tmp_path); torch.save(model.state_dict(), tmp_path/"pytorch_model.bin")
+    with pytest.raises(OSError): collect(str(tmp_path), [ids], progress=False)          # a pickle is not read
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_ctrl_c_before_the_guard_listens(at, monkeypatch):
+    "The first, second, third guard of a collection; the model is as before."
+    model = tiny("llama").train(); ids = tiny_inputs("llama")["input_ids"]; n, real = [0], signal.getsignal
+    modes, flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    def ctrl_c(s):
+        n[0] += 1
+        if n[0] == at + 1: raise KeyboardInterrupt
+        return real(s)
+    monkeypatch.setattr(signal, "getsignal", ctrl_c)
+    with pytest.raises(KeyboardInterrupt): collect(model, [ids], progress=False)
+    assert modes == [m.training for m in model.modules()] and flags == [p.requires_grad for p in model.parameters()] and not any(m._forward_hooks for m in model.modules())

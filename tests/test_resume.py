@@ -236,3 +236,62 @@ def test_stopping_when_halves_agree(tmp_path):
     for bad in ("soon", 0, 1., -.1):
         with pytest.raises(ValueError, match="converged"): collect(model, data, stop=bad, **KW)
     skipping = collect(model, data, stop=.5, on_nan="skip", **KW); assert equal(skipping, soon)
+
+
+def test_ctrl_c_keeps_all_whole_batches(tmp_path):
+    "However rarely snapshots are written, one is at a Ctrl-C, and the same call goes on from there, to the bit."
+    import signal
+    model, p, batches = tiny("llama"), tmp_path/"s", IDS.split(2)
+    def stopped():
+        for i, b in enumerate(batches):
+            if i == 4: signal.raise_signal(signal.SIGINT)
+            yield b
+    with pytest.raises(KeyboardInterrupt): collect(model, stopped(), snapshot=p, every=10**9, **KW)
+    assert kfac.load_tensors(p, kfac._SNAPSHOT)[1]["state"]["read"] == 4
+    assert equal(collect(model, batches, snapshot=p, every=10**9, **KW), collect(model, batches, **KW))
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_a_batch_that_is_in_the_sums_in_part_is_not_handed_out(twice):
+    "After a second Ctrl-C, or an error on the way down, `A` has seen rows that `G` has not."
+    import signal
+    model, n = tiny("llama"), [0]
+    def stop(m, args, out):
+        n[0] += args[0].shape[1] > 5
+        if n[0] == 2 and twice: signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
+        if n[0] == 2: raise RuntimeError("boom")
+    model.model.layers[2].mlp.down_proj.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt if twice else RuntimeError) as e: collect(model, IDS.split(6), on_interrupt="return", **KW)
+    assert e.value.partial is None
+
+
+def test_a_snapshot_of_another_wiring_is_refused(tmp_path):
+    "The same weights in a model that computes something else."
+    p = tmp_path/"s"; collect(tiny("gpt2"), IDS.split(4), snapshot=p, **KW)
+    other = tiny("gpt2"); other.config.layer_norm_epsilon = other.transformer.ln_f.eps = .1
+    with pytest.raises(ValueError, match="another config"): collect(other, IDS.split(4), snapshot=p, **KW)
+    with pytest.raises(ValueError, match="is a folder: name a file in it"): collect(other, IDS.split(4), snapshot=tmp_path, **KW)
+
+
+BAD = [("state", None), ("state", {}), *[("state", {k: v}) for k, v in [("read", "1"), ("most", "a"), ("most", 0), ("skipped", 3), ("skipped", ["x"]), ("checks", 7), ("checks", [[1]]), ("n", .5), ("n", -1), ("done", True), ("all", 3)]],
+       ("counts", {}), ("counts", -9), ("counts", float("nan")), ("whose", []), ("sum", (1, 1)), ("sum", torch.float16), ("times", -1), ("keys", torch.int32)]
+
+@pytest.mark.parametrize("what,bad", BAD, ids=str)
+def test_a_snapshot_that_nobody_wrote_is_refused(what, bad, tmp_path):
+    "With a checksum that is right."
+    p = tmp_path/"s"; collect(tiny("gpt2"), IDS.split(4), snapshot=p, **KW)
+    tensors, d = kfac.load_tensors(p, kfac._SNAPSHOT); first = next(iter(d["counts"]))
+    if what == "sum": tensors[first] = tensors[first][:1, :1] if isinstance(bad, tuple) else tensors[first].to(bad)
+    elif what in tensors: tensors[what] = tensors[what].to(bad) if isinstance(bad, torch.dtype) else tensors[what] * bad
+    elif what == "counts" and bad != {}: d["counts"][first] = bad
+    else: d[what] = dict(d[what], **bad) if what == "state" and bad else bad
+    kfac.save_tensors(p, kfac._SNAPSHOT, tensors, d)
+    with pytest.raises(ValueError, match="is damaged"): collect(tiny("gpt2"), IDS.split(4), snapshot=p, **KW)
+
+
+def test_an_image_with_nan_is_skipped():
+    model = tiny("vit"); good, bad = (torch.randn(3, 3, 8, 8, dtype=torch.float64) for _ in range(2)); bad[1, 0, 0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match='on_nan="skip"'): collect(model, [dict(pixel_values=good), dict(pixel_values=bad)], **KW)
+    for order in ((good, bad), (bad, good)):
+        f = collect(model, [dict(pixel_values=x) for x in order], on_nan="skip", **KW)
+        assert f.meta["skipped"] == 1 and all(torch.equal(f[n].A, x.A) and torch.equal(f[n].G, x.G) for n, x in collect(model, [dict(pixel_values=good)], **KW).items())

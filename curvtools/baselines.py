@@ -143,7 +143,7 @@ class Moments(dict):
             raise ValueError(f"{path} does not hold complete moments; measure them again")
         try: return cls(t, marks, _check_notes(d.get("meta")))
         except ValueError as e: raise ValueError(f"{path}: {e}; measure them again") from None
-    def __repr__(self): return f"Moments of {len(self)} targets, in a {self.meta.get('basis', 'kfac')} basis, per {self.meta.get('per', '?')}, labels=\"{self.meta.get('labels', '?')}\"" + (f", from {self.meta['rows']:,} of {self.meta['of']:,} positions" if self.meta.get("rows", 0) < self.meta.get("of", 0) else "") + (f", from {self.meta['rows']:,} of {self.meta['of']:,} positions" if self.meta.get("rows", 0) < self.meta.get("of", 0) else "")
+    def __repr__(self): return f"Moments of {len(self)} targets, in a {self.meta.get('basis', 'kfac')} basis, per {self.meta.get('per', '?')}, labels=\"{self.meta.get('labels', '?')}\"" + (f", from {self.meta['rows']:,} of {self.meta['of']:,} positions" if self.meta.get("rows", 0) < self.meta.get("of", 0) else "")
 
 # %% ../nbs/08_baselines.ipynb #078d413d
 def second_moments(
@@ -204,12 +204,20 @@ class _RowRecorder(_Recorder):
     def __init__(self, model, targets, leader, pool):
         super().__init__(model, targets, leader)
         self.A, self.G = ({n: _Holding(s, pool) for n, s in d.items()} for d in (self.A, self.G))
+    @property
+    def w(self): return self._w
+    @w.setter
+    def w(self, w): self._w, self.ran = w, set()                      # said anew before every pass
+    def forward(self, name, args, kwargs, out):
+        if name in self.ran: raise RuntimeError(f"{name} runs more than once in a pass, so its rows cannot be paired with its gradients: use collect and second_moments")
+        self.ran.add(name); return super().forward(name, args, kwargs, out)
 
 def _moments_of(rec:_RowRecorder, basis:Basis, meta:dict, peers=None) -> Moments:
     "The moments of the rows that were held, 4,096 at a time; those of all processes."
     out, rows = {}, 0
     for n, e in basis.items():
         a, g = rec.A[rec.leader[n]].rows(), rec.G[n].rows()           # [kept, d_in], [kept, d_out]
+        if rec.G[n].own and not len(g): raise ValueError(f"memory={rec.G[n].pool.memory} bytes hold the rows of not one position; give more, or use collect and second_moments")
         s, rows = _SquareSum(e, g, "position"), len(a)
         for i in range(0, rows, 4096): s.add(a[i:i + 4096], g[i:i + 4096], len(a[i:i + 4096]))
         total = s.sum * (rec.G[n].own / max(rows, 1))                 # [d_out, d_in], of all positions of this process
@@ -296,7 +304,7 @@ def keep_by(
     per = per or ("row" if order == "wanda" else "matrix")
     if per not in ("matrix", "row"): raise ValueError(f'per must be "matrix" or "row", not {per!r}')
     n, kind = basis.meta.get("n_blocks"), basis.meta.get("basis", "kfac")
-    of, blocks = _strengths(x, blocks, n)
+    of, blocks = _strengths(name, x, blocks, n)
     blocks, projections = _listed(blocks), _listed(projections)
     plan = {}
     for e in (basis[k] for k in _pick([e.target for e in basis.values()], blocks, projections, n)):
@@ -325,7 +333,7 @@ def magnitude(
 ) -> Edit:
     "Plan to keep the largest entries of each weight and set the others to zero."
     name, x = _one_of(fraction=fraction, energy=energy)
-    of, blocks = _strengths(x, blocks, len(block_list(model)[1]))
+    of, blocks = _strengths(name, x, blocks, len(block_list(model)[1]))
     chosen = find_targets(model, targets, blocks=blocks, projections=projections)
     _check_finite(model, chosen)
     masks = {t: _largest(weight(model, t).double().square(), name, of(t.block), weight(model, t)) for t in chosen}
@@ -344,7 +352,7 @@ def one_sided(
     "Plan to project out the flattest directions of one side alone; the other side is not looked at."
     if side not in ("output", "input"): raise ValueError(f'side must be "output" or "input", not {side!r}')
     name, x = _one_of(rho=rho, fraction=fraction, energy=energy)
-    n = basis.meta.get("n_blocks"); of, blocks = _strengths(x, blocks, n)
+    n = basis.meta.get("n_blocks"); of, blocks = _strengths(name, x, blocks, n)
     blocks, projections, plan = _listed(blocks), _listed(projections), {}
     for e in (basis[k] for k in _pick([e.target for e in basis.values()], blocks, projections, n)):
         w, share = e.lam if side == "output" else e.mu, _share(name, of(e.target.block))       # [n], descending

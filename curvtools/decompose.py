@@ -14,7 +14,7 @@ from fractions import Fraction
 from itertools import accumulate
 from numbers import Rational
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -387,11 +387,12 @@ def _components(e:Eigen, k:int, by:str, largest:bool) -> list:
     return [_component(e, i, j) for i, j in pairs]
 
 # %% ../nbs/03_decompose.ipynb #b77e731c
-def _block(b:int, n_blocks:int|None) -> int:
+def _block(b:Any, n_blocks:int|None) -> int:
     "The index of a block; a negative one counts from the end of the model."
+    if isinstance(b, bool) or not hasattr(b, "__index__"): raise ValueError(f"blocks are whole numbers, not {b!r}")
     if b >= 0: return b
     if not n_blocks: raise ValueError(f"block {b} counts from the end of the model, and this basis does not know how many blocks that has: basis.bind(model) first, or give the index from 0")
-    return b + n_blocks
+    return int(b) + n_blocks
 
 def _of_experts(targets, experts): # names
     "Those of these experts; ValueError that says what there is."
@@ -408,7 +409,7 @@ def _pick(
 ) -> list: # names
     "Names of the targets in these blocks and projections and of these experts; ValueError that says what there is."
     have_b, have_p = sorted({t.block for t in targets}), sorted({t.projection for t in targets})
-    want = None if blocks is None else {b: _block(b, n_blocks) for b in ([blocks] if isinstance(blocks, int) else blocks)}
+    want = None if blocks is None else {b: _block(b, n_blocks) for b in ([blocks] if isinstance(blocks, (int, str)) else blocks)}
     bad = [b for b, c in (want or {}).items() if c not in have_b]
     if bad: raise ValueError(f"no target in block {', '.join(map(str, bad))}; there are blocks {have_b}")
     projections = [projections] if isinstance(projections, str) else projections
@@ -473,8 +474,9 @@ def eigen(
     progress:bool=True, # a bar, if it takes longer than 2 s
     each=lambda done, total, name: None, # called before each matrix; may raise to stop
     solve=None, # what else finds eigenpairs: (matrix, name, dtype) -> eigenvalues, vectors, residual, clipped share
+    force:bool=False, # bind to a model with other weights too
 ) -> Basis:
-    "Eigendecompose every factor, each distinct matrix once. ValueError names a matrix that is not finite."
+    "Eigendecompose every factor, each distinct matrix once. ValueError names a matrix that is not finite, or weights that the factors were not made from."
     if dtype not in (torch.float32, torch.float64): raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     silent = _silent(factors)                                     # no curvature, no edit
     seen = {n: f for n, f in factors.items() if n not in silent}
@@ -491,7 +493,7 @@ def eigen(
         out.append(e)
     basis = Basis(out, dict(factors.meta, basis="kfac", **_noted(silent)))
     if (m := live if model is None else model) is not None: basis.meta["n_blocks"] = len(block_list(m)[1])
-    return basis if model is None else basis.bind(model)
+    return basis if model is None else basis.bind(model, force)
 
 # %% ../nbs/03_decompose.ipynb #a872173a
 def _orthonormal(n:int, generator:torch.Generator) -> Tensor: # float32 [n, n]

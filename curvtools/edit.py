@@ -9,6 +9,7 @@ __all__ = ['edited_weight', 'Plan', 'Pairs', 'Masked', 'Replaced', 'Applied', 'E
 # %% ../nbs/04_edit.ipynb #78195d37
 import hashlib, json, math, os, platform
 from functools import reduce
+from numbers import Real
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,7 @@ from torch import Tensor
 from .targets import Target, fingerprint, fingerprints, weight, write_weight, _check_writable, _put_back, _read_target, _view
 from .decompose import Basis, Eigen, Staircase, check_weights, coefficients
 from .decompose import _block, _one_of, _pick
-from .kfac import _check_notes, _html_table, _table, _unbroken, load_tensors, save_tensors
+from .kfac import _check_notes, _html_table, _surely, _table, _unbroken, load_tensors, save_tensors
 
 # %% ../nbs/04_edit.ipynb #213e9a31
 def edited_weight(
@@ -188,9 +189,7 @@ class _Doing:
         handle = Applied(self, model, force, stack)
         try: yield handle.redo()
         finally:
-            with _unbroken():
-                try: handle._write(handle.original, handle.original)
-                finally: handle.active = False
+            _surely(lambda: handle._write(handle.original, handle.original), lambda: setattr(handle, "active", False))
     def __or__(self, other): return join(self, other)
 
 # %% ../nbs/04_edit.ipynb #511b8336
@@ -258,16 +257,20 @@ def _plan_table(edit) -> tuple: # head, rows
     return ["target", f"{'weights' if _unit(edit) == 'weights' and not new else 'pairs'} kept", "removed", "kept", "mass kept", "energy kept"] + ["|new - old| / |old|"] * new, rows
 
 # %% ../nbs/04_edit.ipynb #04bbf814
-def _strengths(x, blocks, n_blocks:int|None) -> tuple: # function of a block -> strength, blocks
+def _strengths(name:str, x, blocks, n_blocks:int|None) -> tuple: # function of a block -> strength, blocks
     "A strength for every block, from one number or from a dictionary."
+    blocks = _listed(blocks)
     if not isinstance(x, dict): return (lambda b: x), blocks
     if not x: raise ValueError("the dictionary of strengths is empty; give {block: strength}")
+    x = {int(b) if isinstance(b, str) and b.lstrip("-").isdigit() else b: v for b, v in x.items()}    # as JSON writes them
     by = {_block(b, n_blocks): v for b, v in x.items()}
+    if bad := [b for b, v in by.items() if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= float(v) <= 1]: raise ValueError(f"{name} must lie between 0 and 1, got {by[bad[0]]!r} for block {bad[0]}")
+    if blocks is not None and (idle := by.keys() - {_block(b, n_blocks) for b in ([blocks] if isinstance(blocks, (int, str)) else blocks)}): raise ValueError(f"a strength is given for block {min(idle)}, which is not among blocks={blocks}")
     if len(by) < len(x): raise ValueError(f"two strengths for one block: {', '.join(map(str, x))} name only the blocks {sorted(by)}")
     def of(b):
         if b not in by: raise ValueError(f"no strength is given for block {b}, only for {sorted(by)}")
         return by[b]
-    return of, list(x) if blocks is None else blocks
+    return of, _listed(list(x)) if blocks is None else blocks
 
 def _plain(x): return {str(k): float(v) for k, v in x.items()} if isinstance(x, dict) else float(x)
 def _listed(x):
@@ -289,8 +292,8 @@ def keep(
     name, x = _one_of(rho=rho, fraction=fraction, energy=energy)
     targets = [e.target for e in basis.values()]
     n = basis.meta.get("n_blocks")
-    of, blocks = _strengths(x, blocks, n)
-    blocks, projections, experts = map(_listed, (blocks, projections, experts))
+    of, blocks = _strengths(name, x, blocks, n)
+    projections, experts = _listed(projections), _listed(experts)
     picked = [basis[k] for k in _pick(targets, blocks, projections, n, experts)]
     plan = {e.target.name: Plan(e.target, e, e.mask(**{name: of(e.target.block)}).rows) for e in picked}
     settings = {name: _plain(x), "blocks": blocks, "projections": projections} | ({} if experts is None else {"experts": experts})

@@ -499,3 +499,11 @@ def test_union():
 
 def test_mixing_with_what_is_no_factors():
     with pytest.raises(TypeError, match="must be Factors.*not NoneType"): mix_factors(None, None)
+
+
+def test_ekfac_names_what_it_cannot_do():
+    m = tiny("llama"); mlp = m.model.layers[1].mlp; f = mlp.forward
+    mlp.forward = lambda x: f(f(x))
+    with pytest.raises(RuntimeError, match="runs more than once in a pass.*second_moments"): ekfac(m, [ids(4)], progress=False)
+    with pytest.raises(ValueError, match="memory=8 bytes hold the rows of not one position"): ekfac(tiny("llama"), [ids(1, 3)], memory=8, progress=False)
+    assert repr(ekfac(tiny("llama"), [ids(8)], memory=30000, progress=False)[1]).count("positions") == 1

@@ -415,3 +415,31 @@ def test_random_control(llama):
     m, b = llama; r = random_basis(b, 5).keep(rho=.7)
     assert r.method == "random" and r.kept == b.keep(rho=.7).kept and r.meta["seed"] == 5
     assert all(torch.equal(p.rows, b.keep(rho=.7).plan[k].rows) for k, p in r.plan.items())
+
+
+@pytest.mark.parametrize("kw,match", [(dict(rho={1: .6, 2: 7}), "rho must lie between 0 and 1, got 7 for block 2"), (dict(rho={1: .6, 2: "a"}), "got 'a' for block 2"), (dict(rho={1: .6, 2: True}), "got True"),
+    (dict(rho={1: .6, 77: .9}, blocks=[1]), "given for block 77, which is not among"), (dict(rho=.5, blocks=True), "whole numbers, not True"), (dict(rho=.5, blocks="1"), "whole numbers, not '1'")])
+def test_every_part_of_a_dictionary_of_strengths_is_looked_at(kw, match):
+    _, b = made()
+    with pytest.raises(ValueError, match=match): b.keep(**kw)
+
+
+def test_strengths_as_json_writes_them():
+    _, b = made(); e = b.keep(rho={0: .5, 1: .9})
+    assert all(torch.equal(e.plan[n].rows, p.rows) for n, p in b.keep(rho=e.settings["rho"]).plan.items())
+
+
+def test_ctrl_c_before_the_guard_listens(llama, monkeypatch):
+    "It comes when the block ends, before anything is put back."
+    import signal
+    m, b = llama; real = signal.getsignal
+    def ctrl_c(_): monkeypatch.setattr(signal, "getsignal", real); raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        with b.keep(rho=.5).applied(m) as handle: monkeypatch.setattr(signal, "getsignal", ctrl_c)
+    assert not handle.active                                                     # the fixture compares the bytes
+
+
+def test_eigen_of_other_weights(llama):
+    m, _ = llama; f = collect(m, [tiny_inputs("llama", 4, 12)], progress=False); other = tiny("llama", torch.float32, seed=1)
+    with pytest.raises(ValueError, match="force=True"): f.eigen(other, progress=False)
+    assert f.eigen(other, progress=False, force=True).bound

@@ -8,7 +8,7 @@ __all__ = ['Perplexity', 'perplexity', 'TopTokens', 'top_tokens', 'NDCG', 'ndcg'
            'position_stress', 'halves', 'Relearned', 'relearn', 'quantized']
 
 # %% ../nbs/06_evaluate.ipynb #7745c969
-import hashlib, inspect, math, zlib
+import functools, hashlib, math, zlib
 from contextlib import contextmanager
 from statistics import NormalDist
 from typing import Any, Iterable
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .targets import find_targets, weight, write_weight, _module
 from .data import Passage, Passages, Windows
-from .kfac import _unbroken
+from .kfac import _accepts, _surely, _unbroken
 from .decompose import Basis, _orthonormal, _pick
 from .recite import _check_model, _checked, _context, _eos_ids, _groups, _html_table, _measuring, _step, _text_table, _vocab, bootstrap, recite
 
@@ -62,15 +62,16 @@ class Perplexity(float):
         window_tokens:Tensor, # scored tokens of each window [n]
         window:int|str, # tokens a window
         batches:list|None=None, # windows in each batch; given: the mean over batches of exp(batch mean)
+        key:str|None=None, # digest of the scored tokens
     ):
         if batches is None: value = _exp(window_nll.sum()/window_tokens.sum())
         else:
             sums = [(n.sum().item(), t.sum().item()) for n, t in zip(window_nll.split(batches), window_tokens.split(batches))]
             value = sum(ppl := [_exp(n/t) for n, t in sums if t])/len(ppl)
         self = super().__new__(cls, value)
-        self.window_nll, self.window_tokens, self.window, self.batches = window_nll, window_tokens, window, batches
+        self.window_nll, self.window_tokens, self.window, self.batches, self.key = window_nll, window_tokens, window, batches, key
         return self
-    def __getnewargs__(self): return self.window_nll, self.window_tokens, self.window, self.batches   # for copy and pickle
+    def __getnewargs__(self): return self.window_nll, self.window_tokens, self.window, self.batches, self.key   # for copy and pickle
     @property
     def n(self) -> int: return len(self.window_nll)                       # windows
     @property
@@ -85,8 +86,8 @@ class Perplexity(float):
         nll, t = self.window_nll[scored], self.window_tokens[scored]
         return tuple(_exp(x) for x in bootstrap(nll/t, t, level, seed=seed))
     def ratio(self, baseline:"Perplexity", level:float=.95, seed:int=0) -> tuple: # (ratio, low, high)
-        "exp of the difference in mean NLL to another measurement on the same windows, with its paired bootstrap interval."
-        if not torch.equal(self.window_tokens, baseline.window_tokens): raise ValueError("A ratio needs two measurements on the same windows.")
+        "exp of the difference in mean NLL to another measurement on the same windows, with its paired bootstrap interval. ValueError for other windows."
+        if not torch.equal(self.window_tokens, baseline.window_tokens) or None not in (self.key, baseline.key) and self.key != baseline.key: raise ValueError("A ratio needs two measurements on the same windows; these are of different texts.")
         scored = self.window_tokens > 0
         t, diff = self.window_tokens[scored], (self.window_nll - baseline.window_nll)[scored]
         return _exp(diff.sum()/t.sum()), *(_exp(x) for x in bootstrap(diff/t, t, level, seed=seed))
@@ -102,31 +103,37 @@ def _as_batches(windows:Any, batch_size:int|None) -> Any:
     if batch_size is not None: raise ValueError("batch_size cuts Windows or a tensor; this is an iterable that is in batches already.")
     return windows
 
-def _batch(model:nn.Module, batch:Any, i:int) -> dict: # input_ids, attention_mask, labels; the last two may be None
+def _batch(model:nn.Module, batch:Any, i:int) -> dict: # input_ids, attention_mask, labels, position_ids; the last three may be None
     "One batch as a dict of [B, T] tensors on the model's device; ValueError naming the batch that is bad."
     b = batch if hasattr(batch, "keys") else dict(input_ids=batch)
     if "input_ids" not in b: raise ValueError(f"Batch {i} has no input_ids; there is {list(b.keys())}.")
-    b = {k: torch.as_tensor(b[k]).to(model.device) for k in ("input_ids", "attention_mask", "labels") if k in b and b[k] is not None}
+    b = {k: torch.as_tensor(b[k]).to(model.device) for k in ("input_ids", "attention_mask", "position_ids", "labels") if k in b and b[k] is not None}
     ids, context = b["input_ids"], _context(model)
     if ids.ndim != 2 or ids.numel() == 0: raise ValueError(f"Batch {i} has shape {list(ids.shape)}; token ids [windows, length] are needed.")
     if ids.shape[1] < 2: raise ValueError(f"Batch {i}: windows of one token have nothing to predict; use a length of 2 or more.")
     if any(v.shape != ids.shape for v in b.values()): raise ValueError(f"Batch {i}: shapes differ: { {k: list(v.shape) for k, v in b.items()} }.")
     if context is not None and ids.shape[1] > context: raise ValueError(f"Batch {i}: windows of {ids.shape[1]} tokens, but the model's context is {context}: use shorter windows.")
+    if ids.is_floating_point() or ids.min() < 0: raise ValueError(f"Batch {i}: token ids are whole numbers from 0, these are {ids.dtype} from {ids.min()}; mark padding with attention_mask.")
     if ids.max() >= _vocab(model): raise ValueError(f"Batch {i}: token id {ids.max()} is beyond the model's vocabulary of {_vocab(model)}. Another tokenizer?")
-    return dict(input_ids=ids.long(), attention_mask=b.get("attention_mask"), labels=b["labels"].long() if "labels" in b else None)
+    y = b.get("labels", ids); odd = y[(y != -100) & ((y < 0) | (y >= _vocab(model)))]
+    if y.is_floating_point() or len(odd): raise ValueError(f"Batch {i}: label {odd[0] if len(odd) else y.dtype} is no token id; what shall not count is marked with -100.")
+    return dict(input_ids=ids.long(), attention_mask=b.get("attention_mask"), labels=b["labels"].long() if "labels" in b else None, position_ids=b.get("position_ids"))
 
 # %% ../nbs/06_evaluate.ipynb #92db1363
 def _positions(model:nn.Module, attention_mask:Tensor|None) -> dict:
     "position_ids counted over real tokens only, where there is padding and the model takes them."
-    if attention_mask is None or bool(attention_mask.bool().all()) or "position_ids" not in inspect.signature(model.forward).parameters: return {}
+    if attention_mask is None or bool(attention_mask.bool().all()) or not _accepts(model, "position_ids"): return {}
     return dict(position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0))    # [B, T]
 
 # %% ../nbs/06_evaluate.ipynb #4e55d7de
+def _context_of(model:nn.Module, b:dict) -> dict: # arguments of the model
+    "Mask and positions of a batch of `_batch`; the batch's own positions come first."
+    m, own = b["attention_mask"], b["position_ids"]
+    return ({} if m is None else dict(attention_mask=m)) | (_positions(model, m) if own is None else dict(position_ids=own))
+
 def _scored(model:nn.Module, b:dict) -> tuple: # (logits [B, T, V], targets [B, T])
     "One forward pass over a batch of `_batch`."
-    m = b["attention_mask"]
-    kw = {} if m is None else dict(attention_mask=m, **_positions(model, m))
-    return model(input_ids=b["input_ids"], use_cache=False, **kw).logits, _targets(b["input_ids"], m, b["labels"])
+    return model(input_ids=b["input_ids"], use_cache=False, **_context_of(model, b)).logits, _targets(b["input_ids"], b["attention_mask"], b["labels"])
 
 # %% ../nbs/06_evaluate.ipynb #674615ec
 def perplexity(
@@ -139,19 +146,19 @@ def perplexity(
     """exp(total NLL / scored tokens): T-1 tokens a window, without padding and labels of -100; the model is left as found.
     ValueError for empty data, windows of one token or beyond the context, and when nothing is scored; RuntimeError naming the batch whose loss is not finite."""
     _check_model(model)
-    sums, lengths, batches = [], set(), _as_batches(windows, batch_size)
+    sums, lengths, batches, digest = [], set(), _as_batches(windows, batch_size), hashlib.blake2b(digest_size=16)
     with _measuring(model), tqdm(batches, desc="perplexity", unit="batch", disable=not progress, delay=2, leave=False) as bar:
         for i, b in enumerate(bar):
             b = _batch(model, b, i)
             logits, targets = _scored(model, b)                                                                       # [B, T, V], [B, T]
             nll, n = _window_nll(logits, targets)                                                                     # [B], [B]
             if not nll.isfinite().all(): raise RuntimeError(f"The loss of batch {i} is not finite ({nll.sum().item()}): the model's weights or its dtype are broken.")
-            sums.append((nll, n)); lengths.add(targets.shape[1])
+            sums.append((nll, n)); lengths.add(targets.shape[1]); digest.update(targets[targets != -100].cpu().numpy().tobytes())
     if not sums: raise ValueError("There are no windows: the data is empty.")
     nll, scored = (torch.cat(x) for x in zip(*sums))                                                                  # [n], [n]
     if not scored.sum(): raise ValueError("No token is scored: all labels are -100 or padding.")
     window = min(lengths) if len(lengths) == 1 else f"{min(lengths)}-{max(lengths)}"
-    return Perplexity(nll, scored, window, [len(n) for n, _ in sums] if paper else None)
+    return Perplexity(nll, scored, window, [len(n) for n, _ in sums] if paper else None, digest.hexdigest())
 
 # %% ../nbs/06_evaluate.ipynb #09dd80fa
 class TopTokens:
@@ -232,7 +239,8 @@ def ndcg(
     batch_size:int|None=None, # windows run at once
     progress:bool=True, # a bar, if it takes more than two seconds
 ) -> NDCG:
-    "How much of the baseline's ranking of next tokens is left (paper, section 5, as its code computes it). ValueError for a baseline measured on another text."
+    "How much of the baseline's ranking of next tokens is left (paper, section 5, as its code computes it). ValueError for a baseline measured on another text. A model beside itself gives 1: measure `top_tokens` before an edit is applied."
+    if k is not None and k < 1: raise ValueError(f"k={k} must be 1 or more.")
     if isinstance(baseline, nn.Module): baseline = top_tokens(baseline, windows, k or 10, batch_size, progress)
     if not isinstance(baseline, TopTokens): raise TypeError(f"The baseline is top_tokens(model, windows) or a model, not {type(baseline).__name__}.")
     if (k := k or baseline.k) > baseline.k: raise ValueError(f"k={k}, but the baseline holds {baseline.k} candidates a position.")
@@ -276,6 +284,7 @@ def _is_passages(x:Any) -> bool: return isinstance(x, (Passage, Passages)) or is
 def _texts(model:nn.Module, texts:Any, batch_size:int|None, part:str) -> Any: # iterable of (indices, batch of `_batch`)
     "Any text in batches; of passages the suffix, the prefix or all is labelled. Passages are checked before anything runs."
     if part not in ("suffix", "prefix", "all"): raise ValueError(f"part={part!r}: 'suffix', 'prefix' or 'all' of the passages.")
+    if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     if _is_passages(texts):
         ps = _checked(model, texts)
         return ((g, _batch(model, _labelled(ps, g, part), n)) for n, g in enumerate(_groups(ps, batch_size or 32)))
@@ -307,9 +316,7 @@ def _inputs(model:nn.Module, names:Iterable[str], see:Any):
         for n in names:
             with _unbroken(): handles.append(_module(model, n).register_forward_pre_hook(hook(n), with_kwargs=True))
         yield
-    finally:
-        with _unbroken():
-            for h in handles: h.remove()
+    finally: _surely(*[h.remove for h in handles])
 
 def _rows_of(x:Tensor, where:Tensor, name:str) -> Tensor: # [S, d_in]
     if x.ndim == 2 and len(x) == where.numel(): x = x.view(*where.shape, -1)       # OPT flattens its positions
@@ -693,6 +700,7 @@ def position_stress(
     progress:bool=True, # a bar, if it takes more than two seconds
 ) -> PositionStress:
     "Longest verbatim run after other prompts: each, their mean and their maximum, beside passages never seen. ValueError for prompts that do not fit. The model is left as found."
+    if batch_size < 1: raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     sets = [_checked(model, p) for p in [passages] + ([] if control is None else [control])]
     both = Passages(p for s in sets for p in s)
     filler = None if filler is None else (filler if isinstance(filler, Windows) else Windows(filler)).ids.tolist()
@@ -712,10 +720,12 @@ def _restored(model:nn.Module):
     flags, modes = [(p, p.requires_grad, p.grad) for p in ps], [(m, m.training) for m in model.modules()]
     try: yield model
     finally:
-        with _unbroken(), torch.no_grad():
-            for t, v in old: t.detach().copy_(v)
+        def back():
+            with torch.no_grad():
+                for t, v in old: t.detach().copy_(v)
             for p, flag, grad in flags: p.requires_grad_(flag); p.grad = grad
             for m, training in modes: m.training = training
+        _surely(back)
 
 # %% ../nbs/06_evaluate.ipynb #85acdccd
 def halves(
@@ -731,20 +741,22 @@ def halves(
     return tuple(Passages(p for g in order[k::2] for p in g) for k in (0, 1))
 
 # %% ../nbs/06_evaluate.ipynb #7d9f8978
-def _lessons(model:nn.Module, on:Any, batch_size:int, seed:int) -> Any: # endless token ids [B, T]
+def _lessons(model:nn.Module, on:Any, batch_size:int, seed:int) -> Any: # endless batches of `_batch`
     "Batches of training text in a shuffled order, over and over."
     if isinstance(on, Passages): batches = [torch.tensor([on[i].ids for i in g]) for g in _groups(on, batch_size)]
-    else: batches = [b["input_ids"] if hasattr(b, "keys") else b for b in _as_batches(on, batch_size if isinstance(on, (Windows, Tensor)) else None)]
+    else: batches = list(_as_batches(on, batch_size if isinstance(on, (Windows, Tensor)) else None))
     if not batches: raise ValueError("There is nothing to train on: the data is empty.")
-    batches, g = [_batch(model, b, i)["input_ids"] for i, b in enumerate(batches)], torch.Generator().manual_seed(seed)
+    checked, g = [_batch(model, b, i) for i, b in enumerate(batches)], torch.Generator().manual_seed(seed)
+    for i, b in enumerate(checked):
+        if (_targets(b["input_ids"], b["attention_mask"], b["labels"]) == -100).all(): raise ValueError(f"Batch {i} has nothing to train on: all labels are -100 or padding.")
     def forever():
-        while True: yield from (batches[i] for i in torch.randperm(len(batches), generator=g).tolist())
+        while True: yield from (checked[i] for i in torch.randperm(len(checked), generator=g).tolist())
     return forever()
 
-def _train(model:nn.Module, opt:torch.optim.Optimizer, ids:Tensor) -> float: # loss
-    "One step on ids [B, T]."
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]                     # [B, T-1, V]
-    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+def _train(model:nn.Module, opt:torch.optim.Optimizer, batch:dict) -> float: # loss
+    "One step on a batch, padding and labels of -100 left out."
+    logits, y = _scored(model, batch)                                                 # [B, T, V], [B, T]
+    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), y.flatten())     # ignores -100
     if not loss.isfinite(): raise RuntimeError(f"The training loss is not finite ({loss.item()}): lower lr.")
     opt.zero_grad(); loss.backward(); opt.step()
     return loss.item()
@@ -774,7 +786,7 @@ def relearn(
     model:nn.Module, # edited or not; to test an edit, call this inside `with edit.applied(model):`
     passages:Any, # Passages: one half is trained on, the other tested
     control:Any=None, # Passages never seen: tested too, never trained on
-    on:Any=None, # train on this instead of the first half: Passages, Windows or ids [N, T]
+    on:Any=None, # train on this instead of the first half: Passages, Windows, ids [N, T] or batches
     steps:tuple=(0, 10, 20, 40), # after how many steps to test
     lr:float=1e-4, # of AdamW
     batch_size:int=8, # texts a step
@@ -785,8 +797,7 @@ def relearn(
     a, b = halves(_checked(model, passages), seed)
     sets = dict(trained=a) if on is None else dict(first_half=a)
     sets |= dict(other_half=b) | ({} if control is None else dict(never_seen=_checked(model, control)))
-    steps = sorted({int(s) for s in steps})
-    if not steps or steps[0] < 0 or batch_size < 1 or not lr > 0: raise ValueError(f"steps={steps}, batch_size={batch_size}, lr={lr}: steps are 0 or more, the others above 0.")
+    if not (steps := sorted(set(steps))) or any(s < 0 or s != int(s) for s in steps) or batch_size < 1 or not lr > 0: raise ValueError(f"steps={steps}, batch_size={batch_size}, lr={lr}: steps are whole numbers from 0 on, the others above 0.")
     lessons, rows, loss = _lessons(model, a if on is None else _checked(model, on) if _is_passages(on) else on, batch_size, seed), [], None
     with _restored(model), torch.inference_mode(False), torch.enable_grad(), tqdm(total=steps[-1], desc="relearn", unit="step", disable=not progress, delay=2, leave=False) as bar:
         model.eval()
@@ -819,6 +830,4 @@ def quantized(
     try:
         for t, W in old.items(): write_weight(model, t, _round_trip(W, bits))
         yield model
-    finally:
-        with _unbroken():
-            for t, W in old.items(): write_weight(model, t, W)
+    finally: _surely(*[functools.partial(write_weight, model, t, W) for t, W in old.items()])

@@ -7,7 +7,7 @@ __all__ = ['scores', 'longest_run', 'continuation', 'forced', 'extraction_streng
            'bootstrap', 'Recitation', 'Breakdown', 'recite', 'Mined', 'mine', 'deduplicate', 'Audit', 'audit']
 
 # %% ../nbs/05_recite.ipynb #25909858
-import html, inspect, itertools, math, re, zlib
+import functools, html, inspect, itertools, math, re, zlib
 from collections import Counter
 from contextlib import contextmanager
 from statistics import NormalDist
@@ -18,6 +18,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .targets import _surely
 from .data import Passage, Passages, Windows, _documents, _encode, _id_tuple
 
 # %% ../nbs/05_recite.ipynb #67e74228
@@ -51,11 +52,10 @@ def _check_model(model:Any):
 def _measuring(model:nn.Module):
     "Eval mode and inference mode inside; the training flag of every module as it was, after."
     training = [m for m in model.modules() if m.training]
-    for m in training: m.training = False
     try:
+        for m in training: m.training = False
         with torch.inference_mode(): yield
-    finally:
-        for m in training: m.training = True
+    finally: _surely(*[functools.partial(setattr, m, "training", True) for m in training])
 
 # %% ../nbs/05_recite.ipynb #40ebb9f8
 def _text_config(model:nn.Module) -> Any:
@@ -158,15 +158,12 @@ def forced(
     model:nn.Module, # a causal language model
     passage:Passage, # whose suffix is asked for
 ) -> list: # of (probability, rank) for each suffix token; rank 1: the likeliest
-    "Teacher-forced probability and rank of every suffix token. The model is left as found."
-    ids = torch.tensor([passage.ids], device=next(model.parameters()).device)                   # [1, T]
-    training = model.training; model.eval()
-    try:
-        with torch.inference_mode(): logits = model(input_ids=ids).logits[0, len(passage.prefix) - 1:-1].float()   # [L, V]
-    finally: model.train(training)
-    y = ids[0, len(passage.prefix):, None]; own = logits.gather(1, y)                           # [L, 1]
+    "Teacher-forced probability and rank of every suffix token. The model is left as found. ValueError for a passage that does not fit it, RuntimeError for logits that are not finite."
+    p, = _checked(model, passage)
+    ids = torch.tensor([p.ids], device=model.device)                                            # [1, T]
+    with _measuring(model): logits = _forced(model, ids, len(p.suffix), [])[0].float()          # [L, V]
+    y = ids[0, len(p.prefix):, None]; own = logits.gather(1, y)                                 # [L, 1]
     return list(zip(logits.log_softmax(-1).gather(1, y).exp()[:, 0].tolist(), (1 + (logits > own).sum(1)).tolist()))
-
 
 # %% ../nbs/05_recite.ipynb #e07a95b7
 def extraction_strength(
@@ -535,11 +532,12 @@ class Mined(Passages):
                 + (f"; {self.short:,} documents are too short" if self.short else ""))
 
 # %% ../nbs/05_recite.ipynb #d4e39f02
-def _check_mine(model:nn.Module, prefix:int, suffix:int, stride:int, min_right:float, batch_size:int, bos:Any) -> tuple: # what is fed before every window
+def _check_mine(model:nn.Module, prefix:int, suffix:int, stride:int, min_right:float, batch_size:int, bos:Any, max_windows:int|None) -> tuple: # what is fed before every window
     "ValueError for what cannot be mined, before anything is read."
     _check_model(model); front = _front(model, bos)
     for name, x in dict(prefix=prefix, suffix=suffix, stride=stride, batch_size=batch_size).items():
         if x < 1: raise ValueError(f"{name}={x} must be 1 or more.")
+    if max_windows is not None and max_windows < 1: raise ValueError(f"max_windows={max_windows} must be 1 or more, or None for all.")
     if not 0 < min_right <= 1: raise ValueError(f"min_right={min_right} is a share of the suffix: above 0, at most 1.")
     _check_fits(model, [0, *front], len(front) + prefix + suffix, f"{'BOS + ' if front else ''}prefix {prefix} + suffix {suffix}")
     return front
@@ -591,7 +589,7 @@ def mine(
     """Windows of a text that the model recites, by one teacher-forced pass, EOS suppressed (the mining rule of the paper, App. B); in the order of the text, each labelled document:start.
     ValueError for sizes below 1 or beyond the context, ids beyond the vocabulary, and when no document has room for one window; RuntimeError for logits that are not finite. Ctrl-C, or any error on the way, carries what was found so far as `.partial`."""
     stride = suffix if stride is None else stride
-    front = _check_mine(model, prefix, suffix, stride, min_right, batch_size, bos)
+    front = _check_mine(model, prefix, suffix, stride, min_right, batch_size, bos, max_windows)
     cut, need, sizes, done = (prefix, suffix), math.ceil(min_right*suffix - 1e-9), [], []
     cuts = itertools.islice(_cuts(_id_rows(source, tokenizer, text_field), sum(cut), stride, sizes), max_windows)
     known = _how_many(source, sum(cut), stride)

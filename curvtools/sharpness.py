@@ -257,6 +257,7 @@ def sharpest(
 ) -> dict: # name of a target -> Top
     "The largest eigenvalue of every item's Fisher block, and its direction, for any vocabulary: by Lanczos at the logits. A product costs a backward pass and about as much again. The errors are in `.error`."
     if labels not in ("exact", "uniform"): raise ValueError(f'labels={labels!r}: "exact" or "uniform"; others have rows, see `rows`.')
+    if steps < 1: raise ValueError(f"steps={steps} must be 1 or more.")
     ts, order, found, facts = find_targets(model, targets, **where), [], [], []
     with frozen(model), _plain_attention(model), _tapped(model, [t.name for t in ts]) as seen, tqdm(_items(model, items, batch_size), desc="sharpest", unit="batch", disable=not progress, delay=2, leave=False) as bar:
         for i, b in bar:
@@ -304,9 +305,10 @@ def cancelling(
     unit:bool=False, # scale every item's block to trace one
     seed:int=0, # of the subsets
 ) -> list: # dicts: n, ratio (mean over subsets), low, high (of 95 % of the subsets), floor (1/n)
-    "Largest eigenvalue of the mean Fisher block of n items over the mean of their own. ValueError where a count is larger than the data."
+    "Largest eigenvalue of the mean Fisher block of n items over the mean of their own. ValueError where every count is larger than the data."
     K = (gram(x) if isinstance(x, Rows) else x).double(); N, M = K.shape[:2]
-    if max(counts) > N and min(counts) > N: raise ValueError(f"counts ask for {min(counts)} items and there are {N}.")
+    if draws < 1 or not (counts := [*counts]) or min(counts) < 1: raise ValueError(f"counts={counts}, draws={draws}: at least one count, and all of them 1 or more.")
+    if min(counts) > N: raise ValueError(f"counts ask for {min(counts)} items and there are {N}.")
     i, rng, out = torch.arange(N), torch.Generator().manual_seed(seed), []
     if unit: s = K[i, :, i].diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300).rsqrt(); K = K*s[:, None, None, None]*s[None, None, :, None]
     single = torch.linalg.eigvalsh(K[i, :, i])[:, -1]                                          # [N]

@@ -552,6 +552,7 @@ def _matched(s:Sweep, on:str|None, at:float, show:Iterable|None, reference:str|N
     known = [*s.names, "kept", "change", "energy"]
     if bad := [n for n in (on, *show) if n not in known and not n.endswith((".ndcg", ".lev"))]: raise ValueError(f"no quantity {bad[0]!r}; there are {', '.join(known)}")
     curves, ref = s.curves(), reference or next(iter(s.methods or {c.method: 0 for c in s.cells}))
+    if reference and reference not in {k[0] for k in curves}: raise ValueError(f"no method {reference!r}; there are {', '.join(dict.fromkeys(k[0] for k in curves))}")
     return Matched(_match(curves, on, at, show, s.base, next((k for k in curves if k[0] == ref), None), draws, seed, level), on, at, ref)
 
 def _pareto(s:Sweep, x:str, y:str, controls:bool) -> list: # of Cell, by rising y

@@ -688,7 +688,7 @@ def retention(
 ) -> Retention:
     "The share of each ability that an edit left, counted from chance, with a paired interval; and what it did to the loss of the answers. ValueError where the questions differ."
     if by not in ("family", "stratum"): raise ValueError(f"by={by!r} must be 'family' or 'stratum'.")
-    if score != "right" and score not in (*before.ranked, *after.ranked): raise ValueError(f"score={score!r} must be 'right', or 'sum', 'char' or 'pmi' of responses with choices: respond(..., choices=True).")
+    if score != "right" and not (score in before.ranked and score in after.ranked): raise ValueError(f"score={score!r} must be 'right', or 'sum', 'char' or 'pmi' where both responses have choices: respond(..., choices=True).")
     if before.items != after.items: raise ValueError(f"These are answers to different questions ({len(before)} and {len(after)}): ask both models the same items, in the same order.")
     out = Retention(_kept(before._pick(i), after._pick(i), score, by, level, seed) for i in _groups(before, by).values())
     out.score, out.level = score, level

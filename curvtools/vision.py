@@ -26,7 +26,7 @@ from .data import image_batches
 from .decompose import Basis
 from .edit import Edit, _write_text, planned
 from .evaluate import _flat_share, _inputs
-from .kfac import collect, effective_rank, frozen, load_tensors, save_tensors, _read_safetensors
+from .kfac import collect, effective_rank, frozen, _check_images, load_tensors, save_tensors, _read_safetensors
 from .plots import GREEN, ORANGE, RED, _Figure
 from .recite import bootstrap, wilson
 
@@ -76,7 +76,7 @@ def noise_labels(
     true = torch.as_tensor(true)
     if not len(true) or true.is_floating_point(): raise ValueError(f"Labels are class indices, integers, at least one; not {true.dtype} {list(true.shape)}.")
     true = true.long()
-    n_classes = n_classes or int(true.max()) + 1
+    n_classes = int(true.max()) + 1 if n_classes is None else n_classes
     if not 0 <= share <= 1: raise ValueError(f"share={share} must lie between 0 and 1.")
     if n_classes < 2: raise ValueError("With fewer than two classes there is no wrong label.")
     if true.min() < 0 or true.max() >= n_classes: raise ValueError(f"Labels run from {int(true.min())} to {int(true.max())}, but there are {n_classes} classes (0 to {n_classes - 1}).")
@@ -121,12 +121,8 @@ def predict(
     images:Tensor, # uint8 [N, 28, 28]
     batch_size:int=256, # images a pass
 ) -> Tensor: # class indices int64 [N]
-    "The class that the model gives to each image. The training flag of the model is put back."
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(): return torch.cat([model(pixel_values=pixels(x).to(model.device)).logits.argmax(-1).cpu() for x in images.split(batch_size)])
-    finally: model.train(training)
+    "The class that the model gives to each image. The model is left as found."
+    with frozen(model), torch.inference_mode(): return torch.cat([model(pixel_values=pixels(x).to(model.device)).logits.argmax(-1).cpu() for x in images.split(batch_size)])
 
 # %% ../nbs/12_vision.ipynb #4367f2d0
 def _check_labels(images, noised, true, heldout, classes=256):
@@ -445,7 +441,7 @@ def image_shares(
 ) -> dict: # name of a target -> share of each image, [N], in [0, 1]
     "Share of the input energy in the flattest directions, image by image. The model is left as it was. ValueError for other tokens, or a share of no direction."
     if tokens not in ("cls", "all") or not 0 < flat < 1: raise ValueError(f'tokens={tokens!r} must be "cls" or "all", and flat={flat} a share between 0 and 1.')
-    if pixel_values.ndim != 4: raise ValueError(f"Images for the model are floats [n, channels, height, width], as pixels(images) makes them, not {list(pixel_values.shape)}.")
+    _check_images(pixel_values, model)
     found = {n: [] for n in basis}
     def see(name, x):
         x = x[:, :1] if tokens == "cls" else x.flatten(1, -2)                                # [B, T, d]
@@ -581,6 +577,8 @@ def train_vit(
 ) -> tuple: # (model in eval mode, log: a list of dicts)
     "Train on the given labels until enough of the wrong ones are memorised. Same seed and data, same result; ValueError where a checkpoint has other settings."
     _check_labels(images, noised, true, heldout)
+    for name, x in dict(epochs=epochs, look=look, batch=batch, pause=pause).items():
+        if x is not None and x < 1: raise ValueError(f"{name}={x} must be 1 or more.")
     if not 0 <= sam < math.inf: raise ValueError(f"sam={sam} is a radius: 0 (off) or more, .05 is usual.")
     if int(noised.max()) >= size.get("classes", 10): raise ValueError(f"There is a label {int(noised.max())}, but the network has {size.get('classes', 10)} classes: pass classes={int(noised.max()) + 1}.")
     if len(images) - len(heldout) < batch: raise ValueError(f"{len(images) - len(heldout)} images to train on are less than one batch of {batch}: pass a smaller batch.")

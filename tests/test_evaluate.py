@@ -515,3 +515,18 @@ def test_what_is_no_data_is_named(taught, f):
     "None, or a number, where text or passages belong: what is needed is said, not that None is not iterable."
     for x in (None, 3):
         with pytest.raises(TypeError, match=f"needed.*not {type(x).__name__}"): f(taught[0], x)
+
+
+def test_padding_and_masked_labels_teach_nothing(llama):
+    "Training on a padded batch is training on its text."
+    text = ids(4, 8, 3); mask = torch.ones(4, 12, dtype=torch.long); mask[:, 8:] = 0
+    padded = dict(input_ids=torch.cat([text, torch.full((4, 4), 5)], 1), attention_mask=mask)
+    a, b = (relearn(llama, passages(), on=on, steps=(0, 3), batch_size=4, progress=False) if torch.is_tensor(on) else relearn(llama, passages(), on=on, steps=(0, 3), progress=False) for on in (text, [padded]))
+    assert math.isclose(a.rows[-1]["loss"], b.rows[-1]["loss"], rel_tol=1e-6)
+    with pytest.raises(ValueError, match="nothing to train on"): relearn(llama, passages(), on=[dict(input_ids=text, labels=torch.full_like(text, -100))], progress=False)
+    with pytest.raises(ValueError, match="whole numbers"): relearn(llama, passages(), steps=(0, .5), progress=False)
+    for f in (lambda: position_stress(llama, passages(), batch_size=0), lambda: as_scores(llama)):
+        with pytest.raises(ValueError, match="batch_size="): f()
+
+
+def as_scores(model): return memory_score(model, collect(model, ids(), progress=False).eigen(progress=False), ids(), batch_size=-3, progress=False)

@@ -209,3 +209,23 @@ def test_a_loss_that_is_not_finite_names_its_batch(value):
     bad = ids.clone(); bad[4, 3] = V-1
     with pytest.raises(RuntimeError, match="loss of batch 2 is not finite"): perplexity(model, Windows(bad, batch_size=2))
     assert perplexity(model, Windows(ids, batch_size=2)) > 1
+
+
+def test_batches_that_are_none_are_named():
+    m = llama(); ids = torch.tensor([[3, 4, 5]])
+    for bad, match in ((torch.tensor([[3.7, 4.2, 5.9]]), "whole numbers"), (torch.tensor([[3, -1, 5]]), "from -1"), (dict(input_ids=ids, labels=torch.tensor([[3, V, 5]])), f"label {V} is no token id"),
+                       (dict(input_ids=ids, labels=torch.tensor([[3, -1, 5]])), "label -1 is no token id"), (dict(input_ids=ids, labels=ids.float()), "is no token id")):
+        with pytest.raises(ValueError, match=match): perplexity(m, [bad])
+
+
+def test_positions_of_a_batch_are_used():
+    "Two documents in one window, each counted from its start."
+    m = gpt2(); ids = torch.randint(V, (2, 8)); pos = torch.arange(8).repeat(2, 1) % 4
+    want = F.cross_entropy(m(ids, position_ids=pos, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
+    assert math.isclose(perplexity(m, [dict(input_ids=ids, position_ids=pos)]), want, rel_tol=1e-9)
+
+
+def test_a_ratio_to_another_text_is_refused():
+    m, ids = llama(), torch.randint(V, (6, 9), generator=torch.Generator().manual_seed(0)); a = perplexity(m, ids, batch_size=2)
+    assert math.isclose(a.ratio(perplexity(m, ids, batch_size=3))[0], 1, rel_tol=1e-12)
+    with pytest.raises(ValueError, match="different texts"): a.ratio(perplexity(m, (ids + 1) % V))

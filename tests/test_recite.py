@@ -832,3 +832,22 @@ def test_denominators_are_those_of_the_set():
     "A rate is k of n of this set, whatever its size: 6.3 % of 125 is no count."
     r = recite(llama(), random_passages(7) + random_passages(2))
     assert (r.n, r.unique) == (9, 7) and (r.strict*9).is_integer()
+
+
+def test_forced_leaves_the_modes_and_refuses_what_does_not_fit():
+    m = llama(); m.train(); m.model.layers[0].eval(); modes = [x.training for x in m.modules()]; p = Passage(range(5), range(5, 9))
+    got = curvtools.recite.forced(m, p)
+    assert modes == [x.training for x in m.modules()] and len(got) == 4 and all(0 < q < 1 and 1 <= r <= V for q, r in got)
+    for bad in (Passage(range(60), range(9)), Passage([V], [1])):
+        with pytest.raises(ValueError, match="context is 64|vocabulary"): curvtools.recite.forced(m, bad)
+    for n in (0, -1):
+        with pytest.raises(ValueError, match="max_windows"): mine(m, torch.arange(40)[None], prefix=4, suffix=4, max_windows=n)
+
+
+def test_ctrl_c_before_the_guard_listens(monkeypatch):
+    import signal
+    m = llama().train(); real = signal.getsignal
+    def ctrl_c(_): monkeypatch.setattr(signal, "getsignal", real); raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        with _measuring(m): monkeypatch.setattr(signal, "getsignal", ctrl_c)
+    assert all(x.training for x in m.modules())

@@ -245,3 +245,11 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="counts ask for 8 items and there are 3"): cancelling(r[n], (8, 16))
     with pytest.raises(ValueError, match="no pair"): cosines(top(r[n]).direction[[0]])
 
+
+
+def test_counts_that_mean_nothing_are_named():
+    K = torch.eye(4, dtype=torch.float64).view(4, 1, 4, 1)
+    for kw in (dict(counts=()), dict(counts=(0,)), dict(counts=(-1, 2)), dict(draws=0), dict(counts=(9,))):
+        with pytest.raises(ValueError, match="counts"): cancelling(K, **kw)
+    assert [r["n"] for r in cancelling(K, counts=(1, 2, 9))] == [1, 2]
+    with pytest.raises(ValueError, match="steps=0"): sharpest(tiny("llama"), passages(), steps=0)

@@ -311,3 +311,8 @@ def test_choose_blocks_is_confirmed_by_deletion(model, basis):
     base = perplexity(model, ws, progress=False)
     with basis.keep(rho=good[0]["rho"], blocks=good[0]["blocks"], projections=good[0]["projections"]).applied(model): assert perplexity(model, ws, progress=False).ratio(base)[0] == pytest.approx(good[0]["ppl_ratio"][0])
     with pytest.raises(RuntimeError, match="None of"): choose_blocks(model, basis, ps, PS(6), ws, strict=0., tries=1, rhos=(.999,), steps=1, progress=False)
+
+
+def test_a_reference_that_is_not_there_is_named():
+    base = fake(1., 0.); base.method, base.strength, base.change = "unedited", None, 0
+    with pytest.raises(ValueError, match="no method 'nonsense'; there are K-FAC"): Sweep(base, [fake(.5, .02, method="K-FAC")]).matched(at=.3, reference="nonsense")

@@ -618,3 +618,10 @@ def test_a_tokenizer_of_another_model():
     class Small:
         def __len__(self): return size//2 - 1
     with pytest.raises(ValueError, match="another model's"): respond(model, Small(), [Item("f", "s", "q", "a")], progress=False)
+
+
+def test_a_score_that_one_side_lacks_is_refused():
+    items = [Item("arithmetic", "sums", "1+1=", "2", choices=("2", "3"))]
+    a = Responses.__new__(Responses); b = Responses.__new__(Responses)
+    a.items = b.items = items; a.ranked, b.ranked = {"sum": None}, {}
+    with pytest.raises(ValueError, match="both responses have choices"): retention(a, b, score="sum")

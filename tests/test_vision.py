@@ -464,3 +464,13 @@ def test_cls_is_one_vector_in_the_first_block(pg):
     from curvtools.kfac import effective_rank
     f = {t: pg.factors(tokens=t, blocks=[0], projections=["q", "fc1"]) for t in ("cls", "all")}
     assert effective_rank(f["cls"][0, "q"].A) == pytest.approx(1, abs=1e-2) and effective_rank(f["cls"][0, "fc1"].A) > 3 and effective_rank(f["all"][0, "q"].A) > 5
+
+
+def test_modes_and_settings(pg):
+    m = new_vit(hidden=16, blocks=2, mlp=32, heads=2).train(); m.vit.layers[0].eval(); modes = [x.training for x in m.modules()]
+    predict(m, pg.images[:3]); assert modes == [x.training for x in m.modules()]
+    for k in ("epochs", "look", "pause", "batch"):
+        with pytest.raises(ValueError, match=f"{k}=0 must be 1 or more"): train_vit(pg.images[:40], pg.noised[:40], pg.true[:40], torch.tensor([0]), **dict(TINY, **{k: 0}))
+    with pytest.raises(ValueError, match="fewer than two classes"): noise_labels(torch.zeros(4, dtype=torch.long), n_classes=0)
+    b = collect(pg.model, [dict(pixel_values=pixels(pg.images[:4]))], progress=False).eigen()
+    with pytest.raises(ValueError, match="pixel values reach 255"): image_shares(pg.model, b, 255*torch.ones(2, 1, 28, 28))

@@ -936,6 +936,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'curvtools.scale._in_groups': ('scale.html#_in_groups', 'curvtools/scale.py'),
                                  'curvtools.scale._in_step': ('scale.html#_in_step', 'curvtools/scale.py'),
                                  'curvtools.scale._joined': ('scale.html#_joined', 'curvtools/scale.py'),
+                                 'curvtools.scale._leave': ('scale.html#_leave', 'curvtools/scale.py'),
                                  'curvtools.scale._meet': ('scale.html#_meet', 'curvtools/scale.py'),
                                  'curvtools.scale._open': ('scale.html#_open', 'curvtools/scale.py'),
                                  'curvtools.scale._outline': ('scale.html#_outline', 'curvtools/scale.py'),

@@ -69,7 +69,17 @@ def _all(self, step, word): # word: anything JSON can hold
             self.failed(); self.store.add(f"beat/{self.rank}", 1)
             time.sleep(wait := min(1.2 * wait, .5))
     return [s[0] for s in said]
-Peers.all = _all
+
+def _leave(self, step):
+    "As `all` without a word; process 0, which may hold the store, goes on when the others have heard it, or show no life for 10 s."
+    self.all(step, None); last, since = None, time.monotonic()
+    with contextlib.suppress(dist.DistError):
+        if self.rank: self.store.set(f"{step}/left/{self.rank}", "")
+        while not self.rank and (missing := [r for r in range(1, self.size) if not self.store.check([f"{step}/left/{r}"])]):
+            if (beats := [self.store.add(f"beat/{r}", 0) for r in missing]) != last: last, since = beats, time.monotonic()
+            if time.monotonic() - since > min(10, self.limit): return
+            time.sleep(.01)
+Peers.all, Peers.leave = _all, _leave
 
 # %% ../nbs/26_scale.ipynb #68fbb8aa
 class Shard:
@@ -196,7 +206,7 @@ def collect_in_groups(model, # a loaded model
             if peers.all(f"there {i}", there)[0] if peers else there: continue
             factors = collect(model, batches, group, **kw)
             if not peers or peers.rank == 0: factors.save(path)
-        if peers: peers.all("saved", None)
+        if peers: peers.leave("saved")
     return paths
 
 def _same_group(path, model, group, kw):
@@ -283,5 +293,5 @@ def eigen_files(paths, # factor files: a path, or a list as `collect_in_groups` 
     with peers or contextlib.nullcontext():
         for (p, names, out, _), rank in zip(jobs, who):
             if rank == (peers.rank if peers else 0) and not (Path(folder)/out).exists(): eigen(_some(p, names), dtype=dtype, progress=False).save(Path(folder)/out); peers and peers.beat()
-        if peers: peers.all("saved", None)
+        if peers: peers.leave("saved")
     return [Path(folder)/out for _, _, out, _ in jobs]

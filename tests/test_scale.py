@@ -116,14 +116,19 @@ SCENES = """
 """
 
 
+def _start(script, n):
+    "The script in n processes that can find each other."
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    env = dict(os.environ, WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]))
+    return [subprocess.Popen([sys.executable, script.name], cwd=script.parent, env=dict(env, RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(n)]
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     "The folder in which two processes have played all scenes."
     at = tmp_path_factory.mktemp("two")
     (at/"scenes.py").write_text(textwrap.dedent(SCENES).replace("words = {}", DATA + "words = {}", 1))
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]))
-    ps = [subprocess.Popen([sys.executable, "scenes.py"], cwd=at, env=dict(env, RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
+    ps = _start(at/"scenes.py", 2)
     try: said = [p.communicate(timeout=540)[0] for p in ps]
     finally: [p.kill() for p in ps]
     assert [p.returncode for p in ps] == [0, 7], "\n".join(said)[-4000:]
@@ -282,6 +287,28 @@ def test_groups_in_one_process(tmp_path):
     with pytest.raises(TypeError, match="only once"): collect_in_groups(model, iter(batches()), tmp_path, 8_000)
     files = eigen_files(paths, tmp_path/"bases"); stamp = [f.stat().st_mtime_ns for f in files]
     assert eigen_files(paths, tmp_path/"bases") == files and stamp == [f.stat().st_mtime_ns for f in files]
+
+
+HOST = """
+    import os, sys, time, torch.distributed as dist
+    from datetime import timedelta
+    from curvtools.kfac import _peers
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120)); rank = dist.get_rank()
+    dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=6))
+    with _peers() as p:
+        if rank == 0: time.sleep(2)                                          # the others look less and less often
+        if rank == 2: p.all("saved", None); os._exit(0)                       # it has heard, but dies before it says so
+        p.leave("saved")
+    print("left", flush=True); os._exit(0)
+"""
+
+
+def test_the_host_of_the_store_leaves_last(tmp_path):
+    "Three processes that end at once, without destroy_process_group; one dies at the end, and is not waited for."
+    (tmp_path/"host.py").write_text(textwrap.dedent(HOST))
+    ps = _start(tmp_path/"host.py", 3)
+    said = [p.communicate(timeout=300)[0] for p in ps]
+    assert [p.returncode for p in ps] == [0] * 3 and ["left" in s for s in said] == [True, True, False], "\n".join(said)
 
 
 def test_eigen_files_reads_only_what_is_whole(tmp_path):

@@ -10,13 +10,15 @@ import contextlib
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from .decompose import _decompose, staircase
-from .kfac import Forecast, _batch, _chunk, _probe, _Recorder, frozen, head_grad, split_head
-from .targets import find_targets, _cut_up
+from .experts import _ExpertRecorder, experts_function, grouped_experts
+from .kfac import Forecast, OuterSum, _batch, _check_settings, _chunk, _probe, _Recorder, _sums, frozen, head_grad, split_head
+from .targets import find_targets, weight, _cut_up, _stack, _stacks
 
 # %% ../nbs/25_budget.ipynb #537fb233
 from torch.utils import _pytree
@@ -52,26 +54,65 @@ def _imitation(model, fake=lambda t: torch.empty(t.shape, dtype=t.dtype)):
     memo = {id(p): nn.Parameter(fake(p), requires_grad=False) for p in model.parameters()} | {id(b): fake(b) for b in model.buffers()}
     return copy.deepcopy(model, memo)
 
+def _bent(config): # by its names for a cap and for factors
+    "Does the model do something to the logits that its head gives?"
+    said = lambda *names: [v for c in (config, config.get_text_config()) for k in names if (v := getattr(c, k, None)) is not None]
+    return any(said("final_logit_softcapping", "logits_soft_cap")) or any(v != 1 for v in said("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier"))
+
+def _apart(model, device):
+    "Are trunk and head taken apart? Tried on ids that differ: the vector of one, the padding, may be 0, and all its logits. On the meta device at the config's word."
+    if device.type == "meta": return not _bent(model.config)
+    words = getattr(model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None, "num_embeddings", 5)
+    return split_head(model, dict(input_ids=(torch.arange(1, 5) % words)[None].to(device), use_cache=False))[2]
+
 def _parts(twin, chunked):
-    "Trunk and head of the imitation, as `split_head` cuts the model; a model on the meta device is taken at its config's word."
+    "Trunk and head of the imitation, as `split_head` cuts the model."
     head = twin.get_output_embeddings() if chunked and hasattr(twin, "get_output_embeddings") else None
-    if not isinstance(head, nn.Linear) or getattr(twin.config, "final_logit_softcapping", None): return lambda **kw: twin(**kw).logits, lambda h: h, False
+    if not isinstance(head, nn.Linear): return lambda **kw: twin(**kw).logits, lambda h: h, False
     return lambda **kw: twin.base_model(**kw).last_hidden_state, head, True
+
+# %% ../nbs/25_budget.ipynb #e4e7a001
+from torch.overrides import TorchFunctionMode
+
+class _Evenly(TorchFunctionMode):
+    "Inside, `grouped_experts`, which cannot ask tensors without numbers where an expert's rows end, is told that all have as many."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.searchsorted or args[0].dim() > 1: return func(*args, **(kwargs or {}))
+        rows, experts = len(args[0]), len(args[1])
+        return SimpleNamespace(tolist=lambda: [rows * (e + 1) // experts for e in range(experts)])
+
+class _EvenRecorder(_ExpertRecorder):
+    "The recorder of a model with experts, all of which are computed in segments, targets or not."
+    def __init__(self, model, targets, leader):
+        _Recorder.__init__(self, model, [t for t in targets if t.expert is None], leader)
+        self.leader, self.stacks, self.model = leader, {}, model
+        for t in targets:
+            if t.expert is None: continue
+            W = weight(model, t); self.stacks.setdefault(_stack(t), {})[t.expert] = t.name
+            self.A[t.name], self.G[t.name] = (OuterSum(d, W.dtype, W.device) for d in (t.d_in, t.d_out))
+    def run(self, path, m, usual, *args): return super().run(path, m, grouped_experts, *args)
+
+def _leaders(twin, trunk, inputs, chosen):
+    "Who has whose A, and what the trunk gives, as the probe finds them; every expert has its own A."
+    experts = experts_function(twin, lambda path, m, usual, *args: grouped_experts(m, *args)) if any(map(_stacks, twin.modules())) else contextlib.nullcontext()
+    with experts: leader, _, h = _probe(twin, trunk, inputs, [t for t in chosen if t.expert is None])
+    return leader | {t.name: t.name for t in chosen if t.expert is not None}, h
 
 # %% ../nbs/25_budget.ipynb #a651affa
 def _inputs(shape):
     "Inputs of a batch of zeros: ids [B, T], of which the last is not fed, or pixels [B, C, H, W]."
     return dict(pixel_values=torch.zeros(shape)) if len(shape) == 4 else dict(input_ids=torch.zeros(shape[0], shape[1] - 1, dtype=torch.long), use_cache=False)
 
-def _rehearse(twin, parts, shape, chosen, labels, tokens, chunk, samples, device):
+def _rehearse(twin, parts, shape, chosen, labels, tokens, chunk, samples, device, copies):
     "Bytes and FLOPs of one batch, from the pass itself on fake tensors: once to count (what counts holds on to tensors), once to weigh."
     (trunk, head, _), image = parts, len(shape) == 4
-    leader, _, h = _probe(twin, trunk, _inputs((1, *shape[1:]) if image else (1, 5)), chosen)
+    leader, h = _leaders(twin, trunk, _inputs((1, *shape[1:]) if image else (1, 5)), chosen)
+    recorder = _EvenRecorder if any(map(_stacks, twin.modules())) else _Recorder
     chunk = chunk or _chunk(head(h.reshape(-1, h.shape[-1])[:1]).shape[-1], device); del h
     n = shape[0] * (1 if image else shape[1] - 1)
     def once(look): # what is seen with the factors, with the activations, and after the head
-        rec = _Recorder(twin, chosen, leader); rec.w = tokens if image else None
-        seen = [look()]
+        rec = recorder(twin, chosen, leader); rec.w = tokens if image else None
+        more = [torch.empty_like(s.sum) for s in _sums(rec) for _ in range(copies)]; seen = [look()]
         with rec:
             h = trunk(**_inputs(shape)); seen.append(look())
             y, u = (torch.zeros(n, dtype=torch.long), None) if labels == "data" else (None, torch.zeros(n, samples, dtype=torch.float64))
@@ -96,27 +137,35 @@ def _shape(batches):
     return shape
 
 # %% ../nbs/25_budget.ipynb #ddc7a58d
+@contextlib.contextmanager
+def _told(model):
+    "ValueError where the rehearsal meets a step that depends on numbers."
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    try: yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as e: raise ValueError(f"{type(model).__name__} decides by its numbers what it computes ({e}), so a rehearsal without numbers cannot tell what it costs; measure a small batch with collect") from e
+
 def forecast(model, # a transformers model; its weights may be on the meta device
              batches, # the shape of a batch (B, T) or (B, C, H, W); or batches as for `collect` in a list, the largest of which counts
              targets="mlp", blocks=None, projections=None, # as for `collect`
              labels:str="sample", # "sample" or "data"
              tokens:str="cls", # images only, as for `collect`
              chunk:int=None, # as for `collect`
-             mc_samples:int=1 # as for `collect`
+             mc_samples:int=1, # as for `collect`
+             stop=None, on_nan:str="raise" # as for `collect`; each that is set costs a copy of the sums, which `.factors` counts
             )->Forecast: # bytes beyond the model, and FLOPs of a batch
     "What `collect` will hold and compute, from a rehearsal on tensors without numbers. ValueError or TypeError as from `collect`; `.check(available_memory(device))` raises MemoryError if it cannot fit."
     from torch._subclasses.fake_tensor import FakeTensorMode
     if labels not in ("sample", "data"): raise ValueError(f'a forecast knows labels "sample" and "data", not {labels!r}')
+    _check_settings(labels, tokens, chunk, "raise", on_nan, 1, mc_samples, stop)
     if _cut_up(model): raise ValueError("a forecast rehearses on an imitation of the model, which FSDP does not allow: ask before fully_shard; on the meta device that costs nothing")
     shape, mode = _shape(batches), FakeTensorMode(allow_non_fake_inputs=True)
     device = next(model.parameters()).device
-    small = {k: v[:1, :4].to(device) if k == "input_ids" else v for k, v in _inputs((1, 5) if len(shape) == 2 else (1, *shape[1:])).items()}
-    chunked = device.type == "meta" or split_head(model, small)[2]
+    chunked = len(shape) == 2 and _apart(model, device)
     known = model if device.type != "meta" else _imitation(model, lambda t: torch.empty((), dtype=t.dtype).expand(t.shape))   # one number, seen as a matrix
     chosen = find_targets(known, targets, blocks, projections)
     with mode:
         twin = _imitation(model)
-        with frozen(twin): return _rehearse(twin, _parts(twin, chunked and len(shape) == 2), shape, chosen, labels, tokens, chunk, mc_samples, torch.device("cpu") if device.type == "meta" else device)
+        with frozen(twin), _told(model), _Evenly(): return _rehearse(twin, _parts(twin, chunked), shape, chosen, labels, tokens, chunk, mc_samples, torch.device("cpu") if device.type == "meta" else device, bool(stop) + (on_nan == "skip"))
 
 # %% ../nbs/25_budget.ipynb #91d4c0b6
 def agreement(first, # factors by name, of one half of the data: a mapping to things with A [d_in, d_in] and G [d_out, d_out]; averages or sums

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .decompose import Basis, _decompose, eigen
 from .kfac import Factor, Factors, _batch, _batches, _checksum, _hash, _peers, _sums, _unpack, collect
-from .targets import find_targets, fingerprints
+from .targets import find_targets, fingerprints, _STACKED
 
 # %% ../nbs/26_scale.ipynb #f985de88
 class Peers:
@@ -69,7 +70,17 @@ def _all(self, step, word): # word: anything JSON can hold
             self.failed(); self.store.add(f"beat/{self.rank}", 1)
             time.sleep(wait := min(1.2 * wait, .5))
     return [s[0] for s in said]
-Peers.all = _all
+
+def _leave(self, step):
+    "As `all` without a word; process 0, which may hold the store, goes on when the others have heard it, or show no life for 10 s."
+    self.all(step, None); last, since = None, time.monotonic()
+    with contextlib.suppress(dist.DistError):
+        if self.rank: self.store.set(f"{step}/left/{self.rank}", "")
+        while not self.rank and (missing := [r for r in range(1, self.size) if not self.store.check([f"{step}/left/{r}"])]):
+            if (beats := [self.store.add(f"beat/{r}", 0) for r in missing]) != last: last, since = beats, time.monotonic()
+            if time.monotonic() - since > min(10, self.limit): return
+            time.sleep(.01)
+Peers.all, Peers.leave = _all, _leave
 
 # %% ../nbs/26_scale.ipynb #68fbb8aa
 class Shard:
@@ -179,31 +190,66 @@ def _in_groups(targets, # of `find_targets`
         groups[-1].append(t); held += size
     return groups
 
+def _how(batches, empty, labels="sample", seed=0, tokens="cls", mc_samples=1, stop=None, **kw):
+    "What must be equal for a file to be kept: settings, and the hash of the first batch."
+    first = _batches(batches, empty)[1] or {}
+    data = first and _hash(hashlib.blake2b(digest_size=8), [first[k] for k in sorted(first)]).hexdigest()
+    return dict(labels=labels, seed=seed, mc_samples=mc_samples, stop=.01 if stop == "converged" else stop, tokens=tokens if "pixel_values" in first else None, data=data)
+
+def _same_group(path, prints, how):
+    "The notes of a file that holds these factors; ValueError where it holds others."
+    d = _header(path); theirs = d["meta"].get("groups")
+    if d["fingerprints"] != prints: raise ValueError(f"{path} is of another model or other targets; use another folder")
+    if not isinstance(theirs, dict): raise ValueError(f"{path} does not say which settings and data it comes from; delete it, or use another folder")
+    k = next((k for k in how if theirs.get(k) != how[k]), None)
+    if k: raise ValueError(f"{path} was made with other {k} ({theirs.get(k)!r} and not {how[k]!r}); delete it to collect its matrices again, or use another folder")
+    return d["meta"]
+
+def _one_text(path, meta, before, kept): # of a file, there or about to be saved; notes of those before it, by path
+    "ValueError where it is of other data than they. Passes that end early, or skip batches, may differ."
+    loose = lambda m: m["groups"]["stop"] or m.get("skipped")
+    first = next((p for p, m in before.items() if not loose(m)), None)
+    if first is None or loose(meta): return
+    m = before[first]; alike = meta["data"] == m["data"] or meta.get("processes") != m.get("processes")
+    if meta["batches"] == m["batches"] and alike: return
+    raise ValueError(f"{path} {'is' if kept else 'would be'} of other data than {first} ({meta['batches']} and {m['batches']} batches, hashes {meta['data']} and {m['data']}); every pass must read the same batches in the same order. Delete {path if kept else ', '.join(map(str, before))} and call again, or use another folder")
+
+# %% ../nbs/26_scale.ipynb #c011ec01
 def collect_in_groups(model, # a loaded model
-                      batches, # as for `collect`, to be read once for each group: a list or `Windows`, no generator
-                      folder, # where the files go; those of this model and these settings that are there already are kept
+                      batches, # as for `collect`, to be read once for each group, in the same order: a list or `Windows`, no generator
+                      folder, # where the files go; those of this model, these settings and this data that are there already are kept
                       memory:int, # bytes that the sums may take at a time
                       targets="mlp", blocks=None, projections=None, # as for `collect`
-                      **kw # further arguments of `collect`
-                     )->list: # paths, each with the `Factors` of one group
+                      **kw # further arguments of `collect`; on_interrupt="return" gives the groups that are whole, in one process only
+                     )->list: # paths, each with the `Factors` of one group; none for a group of experts to which no position was routed
     "Collect some matrices at a time, and save each group: as many passes as groups, never more sums than `memory`."
     if iter(batches) is batches: raise TypeError("a generator can be read only once, and every group needs a pass; give a list of batches, or Windows")
-    groups, peers, paths = _in_groups(find_targets(model, targets, blocks, projections), memory), _peers(), []
+    groups, peers, metas = _in_groups(find_targets(model, targets, blocks, projections), memory), None if kw.get("alone") else _peers(), {}
     with peers or contextlib.nullcontext():
+        how = _how(batches, bool(peers), **kw); how = peers.all("how", how)[0] if peers else how
         for i, group in enumerate(groups):
-            paths.append(path := Path(folder)/f"factors-{i:03d}of{len(groups):03d}.safetensors")
-            there = path.exists() and _same_group(path, model, group, kw)
-            if peers.all(f"there {i}", there)[0] if peers else there: continue
-            factors = collect(model, batches, group, **kw)
-            if not peers or peers.rank == 0: factors.save(path)
-        if peers: peers.all("saved", None)
-    return paths
+            path = Path(folder)/f"factors-{i:03d}of{len(groups):03d}.safetensors"
+            try: _group(metas, path, model, batches, group, how, peers, **kw)
+            except KeyboardInterrupt:
+                if kw.get("on_interrupt") != "return" or peers or not metas: raise
+                warnings.warn(f"interrupted: {len(metas)} of {len(groups)} groups are saved; call again for the others"); break
+        if peers: peers.leave("saved")
+    if not metas: raise ValueError("no position was routed to any of these experts, so they have no factors")
+    return list(metas)
 
-def _same_group(path, model, group, kw):
-    "True where a file holds these factors; ValueError where it holds others."
-    meta, prints = (d := _header(path))["meta"], d["fingerprints"]
-    if prints != fingerprints(model, group) or any(meta.get(k) != kw.get(k, v) for k, v in dict(labels="sample", seed=0).items()): raise ValueError(f"{path} is of another model or other settings; use another folder")
-    return True
+def _group(metas, path, model, batches, group, how, peers, **kw):
+    "One group: its file is there, or it is collected and saved whole. Its notes go to `metas`."
+    there = path.exists(); there = peers.all(f"there {path.name}", there)[0] if peers else there
+    prints = there and fingerprints(model, group)                            # under FSDP all must call
+    if there:
+        meta = None if peers and peers.rank else _same_group(path, prints, how)
+        meta = peers.all(f"kept {path.name}", meta)[0] if peers else meta
+        _one_text(path, meta, metas, True); metas[path] = meta; return
+    factors = collect(model, batches, group, **(dict(kw, on_interrupt="raise") if kw.get("on_interrupt") == "return" else kw))
+    if factors is None: return warnings.warn(f"no position was routed to {group[0].name}{f' and {len(group) - 1} others' if len(group) > 1 else ''}: there is no {path.name}")
+    factors.meta["groups"] = how; _one_text(path, factors.meta, metas, False)
+    if not peers or peers.rank == 0: factors.save(path)
+    metas[path] = factors.meta
 
 # %% ../nbs/26_scale.ipynb #6eee0b01
 def _open(path): from safetensors import safe_open; return safe_open(path, "pt")
@@ -277,11 +323,12 @@ def eigen_files(paths, # factor files: a path, or a list as `collect_in_groups` 
     jobs, peers = [], _peers()
     for p in [paths] if isinstance(paths, (str, Path)) else paths:
         groups, crc = {}, _verify(p)
-        for n, t in _header(p)["targets"].items(): groups.setdefault(t["A"], []).append((n, t))
+        for n, t in _header(p)["targets"].items():
+            if t["count"] or t["layout"] not in _STACKED: groups.setdefault(t["A"], []).append((n, t))   # an expert that nobody asked has no curvature
         jobs += [(p, [n for n, _ in g], f"{re.sub(r'[^0-9A-Za-z.]+', '-', g[0][0])}-{crc}-{str(dtype)[-2:]}.safetensors", g[0][1]["d_in"]**3 + sum(t["d_out"]**3 for _, t in g)) for g in groups.values()]
     who = _dealt([cost for *_, cost in jobs], peers.size if peers else 1)
     with peers or contextlib.nullcontext():
         for (p, names, out, _), rank in zip(jobs, who):
             if rank == (peers.rank if peers else 0) and not (Path(folder)/out).exists(): eigen(_some(p, names), dtype=dtype, progress=False).save(Path(folder)/out); peers and peers.beat()
-        if peers: peers.all("saved", None)
+        if peers: peers.leave("saved")
     return [Path(folder)/out for _, _, out, _ in jobs]

@@ -75,6 +75,8 @@ SCENES = """
     scene("moments", lambda: second_moments(model, box["basis"], shard(batches()), progress=False))
     scene("one pass", lambda: ekfac(model, shard(batches()), targets="all", progress=False)[1])
     scene("groups", lambda: [str(p) for p in collect_in_groups(model, shard(batches()), "groups", 8_000, **kw)])
+    scene("groups, kept", lambda: [1/0 for p, q in zip(box["groups"], collect_in_groups(model, shard(batches()), "groups", 8_000, **kw)) if p != str(q)])
+    scene("groups, of other data", lambda: collect_in_groups(model, shard(batches()[1:]), "groups", 8_000, **kw))
     scene("files", lambda: eigen_files(box["groups"], "bases"))
     def cut_up():
         from torch.distributed.device_mesh import init_device_mesh
@@ -116,14 +118,19 @@ SCENES = """
 """
 
 
+def _start(script, n):
+    "The script in n processes that can find each other."
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    env = dict(os.environ, WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]))
+    return [subprocess.Popen([sys.executable, script.name], cwd=script.parent, env=dict(env, RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(n)]
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     "The folder in which two processes have played all scenes."
     at = tmp_path_factory.mktemp("two")
     (at/"scenes.py").write_text(textwrap.dedent(SCENES).replace("words = {}", DATA + "words = {}", 1))
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]))
-    ps = [subprocess.Popen([sys.executable, "scenes.py"], cwd=at, env=dict(env, RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
+    ps = _start(at/"scenes.py", 2)
     try: said = [p.communicate(timeout=540)[0] for p in ps]
     finally: [p.kill() for p in ps]
     assert [p.returncode for p in ps] == [0, 7], "\n".join(said)[-4000:]
@@ -203,7 +210,7 @@ def test_a_row_in_two_processes_has_the_same_draw_twice():
 
 
 @pytest.mark.parametrize("name,match", [("not initialised", "init_process_group"), ("nothing", "no process has a batch"), ("same", r"0 and 1 begin with the same batch.*shard"), ("seed", "0 and 1 .*other seed"), ("weights", "other weights"),
-                                        ("fails", "the text is gone"), ("cut", "down"), ("others", "of 3 process.*these are 2"), ("sliced", "FSDP2.*device_map"),
+                                        ("fails", "the text is gone"), ("cut", "down"), ("others", "of 3 process.*these are 2"), ("sliced", "FSDP2.*device_map"), ("groups, of other data", "other data.*delete it"),
                                         ("fsdp exact", "labels=.exact.*not possible"), ("fsdp skip", "on_nan"), ("fsdp snapshot", "snapshot"), ("fsdp alone", "alone"), ("fsdp interrupt", "on_interrupt"), ("fsdp forecast", "before fully_shard")])
 def test_said_in_both(two, name, match):
     import re
@@ -212,7 +219,7 @@ def test_said_in_both(two, name, match):
 
 def test_a_killed_process_is_missed(two):
     assert "process 1 of 2 has not been heard of for 4 s" in words(two, "killed")[0]
-    assert {k for k in json.loads((two/"words.0").read_text())} == {"not initialised", "nothing", "same", "seed", "weights", "fails", "cut", "others", "sliced", "fsdp exact", "fsdp skip", "fsdp snapshot", "fsdp alone", "fsdp interrupt", "fsdp forecast", "killed"}
+    assert {k for k in json.loads((two/"words.0").read_text())} == {"not initialised", "nothing", "same", "seed", "weights", "fails", "cut", "others", "groups, of other data", "sliced", "fsdp exact", "fsdp skip", "fsdp snapshot", "fsdp alone", "fsdp interrupt", "fsdp forecast", "killed"}
 
 
 def test_eigenvectors(two):
@@ -282,6 +289,82 @@ def test_groups_in_one_process(tmp_path):
     with pytest.raises(TypeError, match="only once"): collect_in_groups(model, iter(batches()), tmp_path, 8_000)
     files = eigen_files(paths, tmp_path/"bases"); stamp = [f.stat().st_mtime_ns for f in files]
     assert eigen_files(paths, tmp_path/"bases") == files and stamp == [f.stat().st_mtime_ns for f in files]
+
+
+class Broken(list):
+    "Batches of which the third is interrupted, in the n-th pass."
+    def __init__(self, items, n): super().__init__(items); self.n, self.passes = n, 0
+    def __iter__(self):
+        self.passes += 1
+        for i, b in enumerate(list.__iter__(self)):
+            if i == 2 and self.passes == self.n: raise KeyboardInterrupt
+            yield b
+
+
+def test_groups_of_other_runs_are_not_mixed(tmp_path):
+    model, kw = tiny("llama"), dict(progress=False, blocks=[0, 1])
+    call = lambda data, **more: collect_in_groups(model, data, tmp_path, 8_000, **kw, **more)
+    paths = call(batches()); paths[-1].unlink()
+    stamps = lambda: [p.stat().st_mtime_ns for p in paths if p.exists()]
+    before = stamps()
+    for more in (dict(mc_samples=4), dict(stop=.5)):
+        with pytest.raises(ValueError, match=f"other {next(iter(more))} .*another folder"): call(batches(), **more)
+    with pytest.raises(ValueError, match="other data .*delete it"): call(batches()[::-1])
+    for data in (batches(5), batches()[:1] + batches()[:0:-1]):              # the first batch is the same
+        with pytest.raises(ValueError, match=rf"{paths[-1].name} would be of other data than .*{paths[0].name} .*Delete .*{paths[0].name}, .*{paths[-2].name} and"): call(data)
+    assert stamps() == before and not paths[-1].exists()
+    for p in paths[1:-1]: p.unlink()
+    collect_in_groups(model, batches(5), tmp_path/"other", 8_000, **kw)[1].rename(paths[1])
+    with pytest.raises(ValueError, match=f"{paths[1].name} is of other data .*Delete .*{paths[1].name} and"): call(batches())
+    paths[1].unlink(); assert call(batches()) == paths and near({n: f for p in paths for n, f in Factors.load(p).items()}, collect(model, batches(), **kw), 0)
+    collect(model, batches(), **kw).save(paths[0])
+    with pytest.raises(ValueError, match="other targets"): call(batches())
+    for p in paths: p.unlink()
+    assert call(batches(), stop=.46, alone=True) == call(batches(), stop=.46) == paths and len({Factors.load(p).meta["batches"] for p in paths}) > 1     # passes that end early may read more or less
+
+
+def test_an_interrupted_group_is_not_saved(tmp_path):
+    model, kw = tiny("llama"), dict(progress=False, on_interrupt="return")
+    with pytest.warns(UserWarning, match="1 of 5 groups are saved"): paths = collect_in_groups(model, Broken(batches(), 6), tmp_path, 8_000, **kw)
+    assert [p.name for p in paths] == ["factors-000of005.safetensors"] and list(tmp_path.iterdir()) == paths
+    for n, more in ((6, dict(kw, on_interrupt="raise")), (4, kw)):           # there is nothing to return
+        with pytest.raises(KeyboardInterrupt): collect_in_groups(model, Broken(batches(), n), tmp_path/str(n), 8_000, **more)
+    assert near({n: f for p in collect_in_groups(model, batches(), tmp_path, 8_000, **kw) for n, f in Factors.load(p).items()}, collect(model, batches(), progress=False), 0)
+
+
+def test_groups_of_experts_that_nobody_asked(tmp_path):
+    from curvtools.decompose import Basis
+    model, kw = tiny("mixtral"), dict(blocks=[0], progress=False); data, names = [batches()[1][:1, :4]], find_targets(model, "experts", [0]).names
+    one = collect(model, data, "experts", **kw); silent = [n for n in one if not one[n].count]
+    assert silent and set(silent) < set(names)
+    with pytest.warns(UserWarning, match="no position was routed"): paths = collect_in_groups(model, data, tmp_path/"one", 1, "experts", **kw)
+    assert near({n: f for p in paths for n, f in Factors.load(p).items()}, {n: one[n] for n in one if n not in silent}, 0)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no position was routed to any"): collect_in_groups(model, data, tmp_path/"none", 10**9, silent, **kw)
+    whole = collect_in_groups(model, data, tmp_path/"whole", 10**9, "experts", **kw)
+    assert len(whole) == 1 and collect_in_groups(model, data, tmp_path/"whole", 10**9, "experts", **kw) == whole
+    assert {n for f in eigen_files(whole, tmp_path/"bases") for n in Basis.load(f)} == set(one) - set(silent)
+
+
+HOST = """
+    import os, sys, time, torch.distributed as dist
+    from datetime import timedelta
+    from curvtools.kfac import _peers
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120)); rank = dist.get_rank()
+    dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=6))
+    with _peers() as p:
+        if rank == 0: time.sleep(2)                                          # the others look less and less often
+        if rank == 2: p.all("saved", None); os._exit(0)                       # it has heard, but dies before it says so
+        p.leave("saved")
+    print("left", flush=True); os._exit(0)
+"""
+
+
+def test_the_host_of_the_store_leaves_last(tmp_path):
+    "Three processes that end at once, without destroy_process_group; one dies at the end, and is not waited for."
+    (tmp_path/"host.py").write_text(textwrap.dedent(HOST))
+    ps = _start(tmp_path/"host.py", 3)
+    said = [p.communicate(timeout=300)[0] for p in ps]
+    assert [p.returncode for p in ps] == [0] * 3 and ["left" in s for s in said] == [True, True, False], "\n".join(said)
 
 
 def test_eigen_files_reads_only_what_is_whole(tmp_path):

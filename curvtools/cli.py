@@ -146,6 +146,8 @@ def _new_folder(path:Path):
 def _open(a) -> tuple: # (model, tokenizer, playground or None)
     "The model that the arguments name."
     if a.model == "playground" and not Path(a.model).exists():
+        own = [o for o, x in (("--tokenizer", a.tokenizer), ("--gguf-file", a.gguf_file)) if x]
+        if own: raise ValueError(f"{' and '.join(own)} cannot apply to playground, which is bundled with its tokenizer: leave that out, or give a folder or hub id as MODEL")
         from curvtools.zoo import playground
         pg = playground()
         return pg.model, pg.tokenizer, pg
@@ -156,17 +158,25 @@ def _windows(a, tokenizer, own):
     from curvtools.data import windows
     if a.text: return windows([Path(f) for f in a.text], tokenizer, length=a.length, max_tokens=a.tokens)
     if own is None: raise ValueError("no text: give UTF-8 files with --text")
-    return own[:a.tokens // own.length or 1] if a.tokens else own
+    if a.length > own.length: raise ValueError(f"--length {a.length} is more than the {own.length} tokens of a window of playground: give {own.length} or less, or other text with --text")
+    w = own if a.length == own.length else own._with(ids=own.ids[:, :own.length // a.length * a.length].reshape(-1, a.length))
+    return w[:a.tokens // a.length] if a.tokens else w
 
 def _check_files(files):
     "FileNotFoundError for the first file that is not there."
     for f in files or ():
         if not Path(f).is_file(): raise FileNotFoundError(f"there is no file {f}")
 
+def _check_text(a):
+    "FileNotFoundError or ValueError, before a model is loaded, for text that cannot be cut as the arguments say."
+    _check_files(a.text)
+    if a.length < 2: raise ValueError(f"--length {a.length}: a window needs at least two tokens")
+    if a.tokens and a.tokens < a.length: raise ValueError(f"--tokens {a.tokens} is less than one window of {a.length}: give {a.length} or more, or a smaller --length")
+
 # %% ../nbs/14_cli.ipynb #ec605323
 def _collect(a):
     "curvtools collect"
-    _check_files(a.text); out = _check_out(a.out)
+    _check_text(a); out = _check_out(a.out)
     from curvtools.kfac import collect
     from curvtools.scale import _joined, shard
     model, tokenizer, pg = _open(a)
@@ -198,7 +208,9 @@ def _recite(a):
     from curvtools.recite import recite
     model, tokenizer, pg = _open(a)
     if not a.passages and pg is None: raise ValueError("no passages: give a JSONL file")
-    passages = load_passages(a.passages, tokenizer, prefix=a.prefix, suffix=a.suffix) if a.passages else pg.memorized + pg.unseen
+    cut = {k: n for k, n in (("prefix", a.prefix), ("suffix", a.suffix)) if n}
+    if cut and not a.passages: raise ValueError(f"--{' and --'.join(cut)} cannot apply to the passages of playground, which are cut already: leave that out, or give a JSONL file")
+    passages = load_passages(a.passages, tokenizer, **cut) if a.passages else pg.memorized + pg.unseen
     r = recite(model, passages, batch_size=a.batch_size)
     if a.json: return [{k: v for k, v in row.items() if k != "generated"} | dict(text=tokenizer.decode(row["generated"])) for row in r.rows]
     print(r)
@@ -207,7 +219,7 @@ def _recite(a):
 
 def _evaluate(a):
     "curvtools evaluate"
-    _check_files(a.text)
+    _check_text(a)
     from curvtools.evaluate import perplexity
     model, tokenizer, pg = _open(a)
     p = perplexity(model, _windows(a, tokenizer, pg and pg.heldout))
@@ -559,7 +571,7 @@ def _target_args(p):
 def _text_args(p):
     p.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text files")
     p.add_argument("--length", type=_count, default=128, help="tokens a window (%(default)s)")
-    p.add_argument("--tokens", type=_count, help="read no more than this many tokens")
+    p.add_argument("--tokens", type=_count, help="read no more than this many tokens, at least one window")
 
 # %% ../nbs/14_cli.ipynb #5b11afe7
 def _parser() -> argparse.ArgumentParser:
@@ -585,7 +597,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (("rho", "share of the curvature mass to keep"), ("fraction", "share of the pairs to keep"), ("energy", "share of the squared coefficients to keep")): strength.add_argument(f"--{name}", type=_share, help=text)
     p = command("recite", _recite, "does the model recite these passages?"); _model_args(p)
     p.add_argument("passages", metavar="PASSAGES", nargs="?", help="a JSONL file with prefix and suffix, ids or text"); p.add_argument("--json", action="store_true", help="print one object a passage")
-    for name, n, text in (("prefix", 64, "tokens of prefix, for lines with one text"), ("suffix", 48, "tokens of suffix, likewise"), ("batch-size", 32, "passages run at once")): p.add_argument(f"--{name}", type=_count, default=n, help=f"{text} (%(default)s)")
+    for name, n, text in (("prefix", None, "tokens of prefix, for lines with one text (64)"), ("suffix", None, "tokens of suffix, likewise (48)"), ("batch-size", 32, "passages run at once (%(default)s)")): p.add_argument(f"--{name}", type=_count, default=n, help=text)
     p = command("evaluate", _evaluate, "perplexity on text"); _model_args(p); _text_args(p); p.add_argument("--json", action="store_true", help="print it as JSON")
     p = command("lab", _lab, "open a ready notebook with the Lab in JupyterLab; what follows -- goes to the server"); p.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help=f"where {_lab_name} is or goes (here)")
     p.add_argument("--voila", action="store_true", help="serve it with Voila: the controls without the code"); p.add_argument("--no-browser", action="store_true", help="start no browser")

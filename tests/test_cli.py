@@ -205,6 +205,16 @@ def test_the_word_playground(run, small, monkeypatch, place):
     assert run("evaluate playground")[0] == 0
 
 
+def test_length_and_tokens_apply_to_the_playground(run, small, monkeypatch, place):
+    monkeypatch.setattr(curvtools.zoo, "playground", lambda *a: small)
+    code, out, _ = run("collect playground --length 50 --tokens 220 --out short.safetensors")
+    assert code == 0 and "4 x 50 = 200 tokens" in out
+    code, out, _ = run("evaluate playground --length 16 --tokens 300 --json")
+    assert code == 0 and (x := json.loads(out)[0])["window"] == 16 and x["windows"] == 18
+    code, out, _ = run("evaluate playground --json")
+    assert code == 0 and json.loads(out)[0]["window"] == 128
+
+
 def test_a_tokenizer_from_elsewhere(run, place):
     shutil.copytree(place/"lm", place/"bare")
     for f in place.glob("bare/*token*"): f.unlink()
@@ -262,6 +272,14 @@ def bad(place):
     ("evaluate lm --text text.txt --length 0", "--length"),
     ("evaluate lm --text text.txt --length 129", "128"),
     ("collect lm --text text.txt --tokens -5 --out x", "--tokens"),
+    ("collect lm --text text.txt --tokens 127 --out x", "--tokens 127 is less than one window of 128"),
+    ("collect playground --length 64 --tokens 50 --out x", "--tokens 50 is less than one window of 64"),
+    # what cannot apply to the playground
+    ("evaluate playground --length 129", "--length 129 is more than the 128"),
+    ("evaluate playground --tokenizer /absent --gguf-file absent.gguf", "--tokenizer and --gguf-file cannot apply"),
+    ("edit playground ok.safetensors --rho .5 --gguf-file absent.gguf --out x", "--gguf-file cannot apply"),
+    ("recite playground --prefix 10 --suffix 3", "--prefix and --suffix cannot apply"),
+    ("recite playground --suffix 3", "--suffix cannot apply"),
     # selection
     ("collect lm --text text.txt --out x --targets *.nothing", "nothing"),
     ("collect lm --text text.txt --out x --blocks 7", "7"),

@@ -105,6 +105,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'curvtools.cli': { 'curvtools.cli.Demo': ('cli.html#demo', 'curvtools/cli.py'),
                                'curvtools.cli.Demo.__repr__': ('cli.html#demo.__repr__', 'curvtools/cli.py'),
                                'curvtools.cli.Demo.passed': ('cli.html#demo.passed', 'curvtools/cli.py'),
+                               'curvtools.cli._Command': ('cli.html#_command', 'curvtools/cli.py'),
+                               'curvtools.cli._Command.parse_known_args': ('cli.html#_command.parse_known_args', 'curvtools/cli.py'),
                                'curvtools.cli._arguments': ('cli.html#_arguments', 'curvtools/cli.py'),
                                'curvtools.cli._between': ('cli.html#_between', 'curvtools/cli.py'),
                                'curvtools.cli._cells': ('cli.html#_cells', 'curvtools/cli.py'),

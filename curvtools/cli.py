@@ -558,6 +558,15 @@ def _count(text:str) -> int:
     return int(text)
 
 # %% ../nbs/14_cli.ipynb #f4fc68a5
+class _Command(argparse.ArgumentParser):
+    "A command whose options and positional arguments may come in any order."
+    _twice = False                                                 # inside the two passes of argparse
+    def parse_known_args(self, args=None, namespace=None):
+        if self._twice: return super().parse_known_args(args, namespace)
+        self._twice = True
+        try: return self.parse_known_intermixed_args(args, namespace)
+        finally: self._twice = False
+
 def _model_args(p):
     "What all commands on a model share."
     p.add_argument("model", metavar="MODEL", help='a model folder, a hub id, a .gguf file, or "playground"')
@@ -569,7 +578,7 @@ def _target_args(p):
     p.add_argument("--projections", nargs="+", metavar="NAME", help="only these projections: gate up down q k v o fc1 fc2")
 
 def _text_args(p):
-    p.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text files")
+    p.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text files; -- ends a list")
     p.add_argument("--length", type=_count, default=128, help="tokens a window (%(default)s)")
     p.add_argument("--tokens", type=_count, help="read no more than this many tokens, at least one window")
 
@@ -580,7 +589,7 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = argparse.ArgumentParser(prog="curvtools", description="See what a transformer memorised in the curvature of its loss, and cut it out.")
     parser.add_argument("--version", action="store_true", help="print the version and stop")
-    sub = parser.add_subparsers(metavar="COMMAND", dest="command")
+    sub = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=_Command)
     def command(name, run, text):
         p = sub.add_parser(name, parents=[both], help=text, description=text[0].upper() + text[1:] + "." * (text[-1] != "?"))
         p.set_defaults(run=run, json=False)

@@ -1,5 +1,6 @@
 "The command line: the effect on the bundled model, each command on a folder, each kind of bad input, and nothing half-written."
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -46,6 +47,28 @@ assert not heavy, heavy"""
     for args in (["--help"], ["demo", "--help"], ["collect", "--help"], ["lab", "--help"], ["lab", "/absent"], ["--version"], []):
         r = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
         assert r.returncode == 0, r.stderr
+
+
+@pytest.mark.parametrize("name, parts, want", [
+    ("recite", ["m", "p.jsonl", "--json", "--prefix 3"], dict(model="m", passages="p.jsonl", json=True, prefix=3, suffix=None, batch_size=32)),
+    ("recite", ["m", "--json", "--batch-size 2"], dict(model="m", passages=None, json=True, batch_size=2)),
+    ("edit", ["m", "f", "--rho .5", "--out x"], dict(model="m", factors="f", rho=.5, out="x", blocks=None)),
+    ("evaluate", ["m", "--length 9", "--json"], dict(model="m", length=9, json=True, text=None)),
+    ("collect", ["m", "--seed 1", "--out x"], dict(model="m", seed=1, out="x", labels="sample")),
+    ("lab", ["here", "--voila", "--no-browser"], dict(folder="here", voila=True, no_browser=True)),
+    ("lab", ["--voila", "--no-browser"], dict(folder=".", voila=True, no_browser=True)),
+])
+def test_the_order_of_options_and_arguments_does_not_matter(name, parts, want):
+    plain = lambda words: [w for w in words if w[0] != "-"]   # these keep their order among themselves
+    for order in itertools.permutations(parts):
+        if plain(order) != plain(parts): continue
+        a = vars(curvtools.cli._parser().parse_args([name, *" ".join(order).split()]))
+        assert {k: a[k] for k in want} == want, order
+
+
+def test_two_dashes_end_a_list():
+    a = curvtools.cli._parser().parse_args("evaluate --text a b -- m".split())
+    assert (a.model, a.text) == ("m", ["a", "b"])
 
 
 # --- the effect -----------------------------------------------------------------------------------------------------------------
@@ -189,7 +212,7 @@ def test_collect_edit_recite_evaluate(run, place):
     assert code == 0 and "strict" in out
     code, out, _ = run("recite edited p.jsonl --json")
     rows = json.loads(out)
-    assert code == 0 and len(rows) == 8 and {"strict", "loose", "lev", "text"} <= rows[0].keys()
+    assert run("recite edited --json p.jsonl") == (0, out, "") and code == 0 and len(rows) == 8 and {"strict", "loose", "lev", "text"} <= rows[0].keys()
     code, out, _ = run("evaluate lm --text text.txt --length 64")
     assert code == 0 and re.search(r"perplexity \d", out)
     code, out, _ = run("evaluate lm --text text.txt --length 64 --json")

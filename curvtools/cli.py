@@ -174,19 +174,52 @@ def _check_text(a):
     if a.tokens and a.tokens < a.length: raise ValueError(f"--tokens {a.tokens} is less than one window of {a.length}: give {a.length} or more, or a smaller --length")
 
 # %% ../nbs/14_cli.ipynb #ec605323
+def _check_collect(a) -> Path: # where the factors go
+    "ValueError or FileNotFoundError, before a model is loaded, for arguments that do not go together."
+    _check_text(a); out = _check_out(a.out)
+    if a.mc_samples > 1 and a.labels != "sample": raise ValueError(f"--mc-samples {a.mc_samples} draws labels, and --labels {a.labels} draws none: leave one of the two out")
+    if a.every and not a.snapshot: raise ValueError("--every says how often a snapshot is written: give --snapshot FILE too")
+    if a.snapshot and _check_out(a.snapshot).absolute() == out.absolute(): raise ValueError(f"--snapshot and --out are both {out}: give the snapshot a file of its own")
+    return out
+
 def _collect(a):
     "curvtools collect"
-    _check_text(a); out = _check_out(a.out)
+    out, more = _check_collect(a), dict(snapshot=Path(a.snapshot).expanduser()) if a.snapshot else {}
     from curvtools.kfac import collect
     from curvtools.scale import _joined, shard
     model, tokenizer, pg = _open(a)
     w = _windows(a, tokenizer, pg and pg.clean)
     with _joined() as speaks:
         if speaks: print(w)
-        factors = collect(model, shard(w), targets=a.targets, blocks=a.blocks, projections=a.projections, labels=a.labels, seed=a.seed)
+        if a.every: more["every"] = a.every
+        factors = collect(model, shard(w), targets=a.targets, blocks=a.blocks, projections=a.projections, labels=a.labels, seed=a.seed, on_nan=a.on_nan, mc_samples=a.mc_samples, stop=a.stop, **more)
     if not speaks: return
     factors.save(out)
-    print(f"{factors}\nwritten: {out} ({out.stat().st_size / 2**20:.1f} MB)")
+    print(f"{factors}{_stopped(a, factors)}\nwritten: {out} ({out.stat().st_size / 2**20:.1f} MB)")
+    if a.snapshot: print(f"no longer needed: {a.snapshot}")
+
+def _stopped(a, factors) -> str:
+    "What came of --stop."
+    if a.stop is None: return ""
+    if (x := factors.meta.get("agreement")) is None: return "\n--stop: even and odd batches were never compared, as there is too little text for it"
+    return f"\n--stop: even and odd batches agree to {x:.4f}, {'enough to end' if x >= 1 - (.01 if a.stop == 'converged' else a.stop) else 'not enough by the end of the text'}"
+
+# %% ../nbs/14_cli.ipynb #c0113c72
+def _gathered(file:Path) -> int:
+    "Tokens whose sums a snapshot holds, 0 where there is none."
+    try:
+        from safetensors import safe_open
+        with safe_open(file, "numpy") as f: return json.loads(f.metadata()["meta"])["state"]["done"]
+    except Exception: return 0
+
+def _kept(a) -> str:
+    "What a cancelled command leaves, and how to go on."
+    if a.command != "collect": return "nothing was written"
+    if not a.snapshot: return "nothing was written; with --snapshot FILE the next run can be gone on with"
+    f, size = Path(a.snapshot).expanduser(), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1: f = f.with_name(f"{f.name}.{os.environ.get('RANK', 0)}of{size}")
+    if n := _gathered(f): return f"{f} keeps what {n:,} tokens gave; the same command again goes on from there"
+    return f"nothing was written, as {f} is first written after {a.every or 1_000_000:,} tokens (--every); the same command again starts anew"
 
 # %% ../nbs/14_cli.ipynb #a58b880b
 def _edit(a):
@@ -552,6 +585,13 @@ def _share(text:str) -> float:
     if not 0 <= x <= 1: raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return x
 
+def _stop(text:str): # "converged" or a float
+    "When to end before the end of the text."
+    try: x = .5 if text == "converged" else float(text)
+    except ValueError: x = 0.
+    if not 0 < x < 1: raise argparse.ArgumentTypeError(f"{text!r} is neither converged nor a number between 0 and 1")
+    return text if text == "converged" else x
+
 def _count(text:str) -> int:
     "A whole number, 1 or more."
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
@@ -582,6 +622,16 @@ def _text_args(p):
     p.add_argument("--length", type=_count, default=128, help="tokens a window (%(default)s)")
     p.add_argument("--tokens", type=_count, help="read no more than this many tokens, at least one window")
 
+_goes_on = "Ctrl-C ends with exit code 130; the model is as it was and no factors are written. With --snapshot, the same command again goes on from the last snapshot and writes the same factors, to the bit."
+
+def _collect_args(p):
+    "How a long collection is kept, and when it ends."
+    p.add_argument("--snapshot", metavar="FILE", help="keep the sums in this file; after Ctrl-C or a crash the same command goes on from there")
+    p.add_argument("--every", type=_count, metavar="TOKENS", help="tokens between two snapshots (1000000)")
+    p.add_argument("--stop", type=_stop, metavar="WHEN", help='"converged" or how far from 1, such as .02: end when even and odd batches agree so well, else at the end of the text')
+    p.add_argument("--on-nan", choices=("raise", "skip"), default="raise", help="what to do about a batch that gives NaN or infinity (%(default)s)")
+    p.add_argument("--mc-samples", type=_count, default=1, metavar="N", help="labels drawn for each position; each costs a backward pass (%(default)s)")
+
 # %% ../nbs/14_cli.ipynb #5b11afe7
 def _parser() -> argparse.ArgumentParser:
     "The command line."
@@ -590,16 +640,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="curvtools", description="See what a transformer memorised in the curvature of its loss, and cut it out.")
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     sub = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=_Command)
-    def command(name, run, text):
-        p = sub.add_parser(name, parents=[both], help=text, description=text[0].upper() + text[1:] + "." * (text[-1] != "?"))
+    def command(name, run, text, more=None):
+        p = sub.add_parser(name, parents=[both], help=text, description=text[0].upper() + text[1:] + "." * (text[-1] != "?"), epilog=more)
         p.set_defaults(run=run, json=False)
         return p
     p = command("demo", _demo, "the whole road on the bundled model, with controls, in about a minute")
     p.add_argument("--out", default="curvtools-report.html", metavar="FILE", help="the HTML report (%(default)s)")
     p.add_argument("--seed", type=int, default=0); p.add_argument("--json", action="store_true", help="print the table as JSON and nothing else on standard output")
-    p = command("collect", _collect, "collect K-FAC factors of a model on text"); _model_args(p); _text_args(p); _target_args(p)
+    p = command("collect", _collect, "collect K-FAC factors of a model on text", _goes_on); _model_args(p); _text_args(p); _target_args(p)
     p.add_argument("--out", required=True, metavar="FILE", help="the factors, a .safetensors file"); p.add_argument("--targets", nargs="+", default="mlp", help="mlp, attention, all or names with wildcards (%(default)s)")
     p.add_argument("--labels", choices=("sample", "data", "exact"), default="sample", help="where labels come from (%(default)s)"); p.add_argument("--seed", type=int, default=0, help="of the sampled labels")
+    _collect_args(p)
     p = command("edit", _edit, "keep the pairs of highest curvature, and save the edited model with its recipe"); _model_args(p); _target_args(p)
     p.add_argument("factors", metavar="FACTORS", help="a file that collect wrote"); p.add_argument("--out", required=True, metavar="FOLDER", help="the edited model, a new folder")
     strength = p.add_mutually_exclusive_group(required=True)
@@ -613,6 +664,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/14_cli.ipynb #4e80425b
+_options = (('on_nan="skip"', "--on-nan skip"), ("lower length=", "lower --length"), ("(blocks=..., projections=...)", "(--blocks, --projections)"), ("(snapshot=...)", "(--snapshot)"), ("hold fewer logits at once (chunk=...)", "give a smaller --length"),
+            ("; what was gathered so far is in .partial", ""), ("call collect as it was called then", "give the options of then"), ("a path of its own", "another --snapshot"))
+
+def _in_options(text:str) -> str:
+    "An error that names arguments of Python, with the options that do the same."
+    for python, option in _options: text = text.replace(python, option)
+    return text
+
 def _quiet():
     "No notices and bars of transformers; they are not about what the user asked."
     from transformers.utils import logging
@@ -639,11 +698,11 @@ def main(
         print(f"curvtools {__version__}"); return 0
     if a.command is None: parser.print_help(); return 2
     try: return _run(a)
-    except KeyboardInterrupt: print("\ncancelled; nothing was written", file=sys.stderr); return 130
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError, ArithmeticError, KeyError) as e:
+    except KeyboardInterrupt: print(f"\ncancelled; {_kept(a)}", file=sys.stderr); return 130
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, ArithmeticError, KeyError, MemoryError) as e:
         if a.debug: raise
         text = " ".join(str(e.args[0] if isinstance(e, KeyError) else e).split())
-        print(f"curvtools {a.command}: {text or type(e).__name__}", file=sys.stderr); return 2
+        print(f"curvtools {a.command}: {_in_options(text) or type(e).__name__}", file=sys.stderr); return 2
 
 # %% ../nbs/14_cli.ipynb #4c82b6ac
 if __name__ == "__main__": sys.exit(main())

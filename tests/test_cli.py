@@ -1,10 +1,12 @@
 "The command line: the effect on the bundled model, each command on a folder, each kind of bad input, and nothing half-written."
 import dataclasses
+import inspect
 import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import curvtools.cli
+import curvtools.kfac
 import curvtools.zoo
 from curvtools.cli import Demo, _html_table, demo, load_model, main, report
 from curvtools.data import Passage, Passages, save_passages
@@ -308,6 +311,15 @@ def bad(place):
     ("collect lm --text text.txt --out x --blocks 7", "7"),
     ("collect lm --text text.txt --out x --projections fc9", "fc9"),
     ("collect lm --text text.txt --out x --labels wrong", "--labels"),
+    ("collect lm --text text.txt --out x --labels data --mc-samples 2", "--mc-samples 2 draws labels, and --labels data draws none"),
+    ("collect lm --text text.txt --out x --mc-samples 0", "--mc-samples"),
+    ("collect lm --text text.txt --out x --stop wrong", "neither converged nor a number between 0 and 1"),
+    ("collect lm --text text.txt --out x --stop 1", "between 0 and 1"),
+    ("collect lm --text text.txt --out x --every 5", "give --snapshot FILE too"),
+    ("collect lm --text text.txt --out x --snapshot ./x", "--snapshot and --out are both x"),
+    ("collect lm --text text.txt --out x --snapshot absent/s", "no folder absent"),
+    ("collect nan --text text.txt --out x --blocks -1", "leave such batches out with --on-nan skip"),
+    ("collect nan --text text.txt --out x --blocks -1 --on-nan skip", "all 1 batches give NaN"),
     # where to
     ("collect lm --text text.txt --out absent/x", "no folder absent"),
     ("collect lm --text text.txt --out full", "is a folder"),
@@ -439,6 +451,65 @@ def test_cancel_leaves_nothing(run, bad, monkeypatch, line, where):
     monkeypatch.setattr(where, interrupt)
     code, _, err = run(line)
     assert code == 130 and "cancelled" in err and sorted(p.name for p in bad.iterdir()) == there
+
+
+COLLECT = "collect lm --text text.txt --blocks -1 --length 32 --seed 3 --out"
+
+
+def test_a_cancelled_collect_goes_on(run, bad, monkeypatch):
+    "Ctrl-C after the second snapshot; the same command again gives the factors of a run without Ctrl-C, to the bit."
+    from curvtools import kfac
+    assert run(f"{COLLECT} whole.safetensors")[0] == 0
+    weights, real, n = (bad/"lm"/"model.safetensors").read_bytes(), kfac._write_snapshot, []
+    def write(*args):
+        real(*args); n.append(args[-1]["read"])
+        if len(n) == 2: signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(kfac, "_write_snapshot", write)
+    line = f"{COLLECT} again.safetensors --snapshot sums --every 256"
+    code, _, err = run(line)
+    assert code == 130 and err.strip().splitlines()[-1] == "cancelled; sums keeps what 496 tokens gave; the same command again goes on from there"
+    assert n == [1, 2] and not (bad/"again.safetensors").exists() and (bad/"lm"/"model.safetensors").read_bytes() == weights
+    code, _, err = run(line.replace("--seed 3", "--seed 4"))
+    assert code == 2 and "sums was made with another seed: 3 and not 4; give the options of then, or give this run another --snapshot" in err
+    code, out, _ = run(line)
+    assert code == 0 and n == [1, 2] and "no longer needed: sums" in out
+    a, b = (kfac.Factors.load(bad/f"{k}.safetensors") for k in ("whole", "again"))
+    assert all(torch.equal(a[k].A, b[k].A) and torch.equal(a[k].G, b[k].G) and a[k].count == b[k].count for k in a) and a.meta == b.meta
+
+
+@pytest.mark.parametrize("more, says", [
+    ("", "cancelled; nothing was written; with --snapshot FILE the next run can be gone on with"),
+    ("--snapshot none", "cancelled; nothing was written, as none is first written after 1,000,000 tokens (--every); the same command again starts anew"),
+    ("--snapshot none --every 512", "cancelled; nothing was written, as none is first written after 512 tokens (--every); the same command again starts anew"),
+])
+def test_cancel_says_how_to_go_on(run, bad, monkeypatch, more, says):
+    assert inspect.signature(curvtools.kfac.collect).parameters["every"].default == 1_000_000
+    monkeypatch.setattr("curvtools.kfac.sample_labels", interrupt)
+    code, _, err = run(f"{COLLECT} x {more}")
+    assert code == 130 and err.strip().splitlines()[-1] == says and not (bad/"none").exists() and not (bad/"x").exists()
+
+
+def test_the_snapshot_of_a_process_is_named(bad, monkeypatch):
+    shutil.copy(bad/"ok.safetensors", bad/"s.1of2"); monkeypatch.setenv("WORLD_SIZE", "2"); monkeypatch.setenv("RANK", "1")
+    a = curvtools.cli._parser().parse_args(["collect", "lm", "--out", "x", "--snapshot", str(bad/"s")])
+    assert f"{bad/'s.1of2'} is first written" in curvtools.cli._kept(a)   # it holds no sums
+
+
+def test_collect_passes_its_options_on(run, bad, monkeypatch):
+    got = {}
+    def collect(model, w, **kw): got.update(kw); return real(model, w, **kw)
+    real = curvtools.kfac.collect
+    monkeypatch.setattr("curvtools.kfac.collect", collect)
+    code, out, _ = run(f"{COLLECT} opt.safetensors --stop .9 --on-nan skip --mc-samples 2")
+    assert code == 0 and (got["stop"], got["on_nan"], got["mc_samples"]) == (.9, "skip", 2) and "snapshot" not in got and re.search(r"--stop: even and odd batches agree to [\d.]+, enough to end", out)
+    code, out, _ = run(f"{COLLECT} opt.safetensors --stop converged --tokens 64")
+    assert code == 0 and got["stop"] == "converged" and "never compared" in out
+
+
+def test_too_little_memory_is_one_line(run, bad, monkeypatch):
+    monkeypatch.setattr("curvtools.kfac.available_memory", lambda d: 1000)
+    code, _, err = run(f"{COLLECT} x")
+    assert code == 2 and "curvtools collect: this needs" in err and "give a smaller --length" in err and "Traceback" not in err
 
 
 def test_a_full_disk_leaves_nothing(run, bad, monkeypatch):

@@ -115,6 +115,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'curvtools.cli._check_folder': ('cli.html#_check_folder', 'curvtools/cli.py'),
                                'curvtools.cli._check_gguf': ('cli.html#_check_gguf', 'curvtools/cli.py'),
                                'curvtools.cli._check_out': ('cli.html#_check_out', 'curvtools/cli.py'),
+                               'curvtools.cli._check_source': ('cli.html#_check_source', 'curvtools/cli.py'),
                                'curvtools.cli._check_text': ('cli.html#_check_text', 'curvtools/cli.py'),
                                'curvtools.cli._code': ('cli.html#_code', 'curvtools/cli.py'),
                                'curvtools.cli._collect': ('cli.html#_collect', 'curvtools/cli.py'),

@@ -222,12 +222,23 @@ def _kept(a) -> str:
     return f"nothing was written, as {f} is first written after {a.every or 1_000_000:,} tokens (--every); the same command again starts anew"
 
 # %% ../nbs/14_cli.ipynb #a58b880b
+def _check_source(factors, model, a):
+    "ValueError, before anything is decomposed, where factors come from other weights than the model's."
+    from curvtools.decompose import check_weights
+    dtype = factors.meta.get("dtype", "torch.float32")
+    for n, f in factors.items():
+        try: check_weights(model, f.target, factors.fingerprints.get(n))
+        except ValueError as e:
+            raise ValueError(f"{a.factors} does not belong to {a.model}: {n} is not there with the weights it was collected on. This is another model, or an edited one" + (f", or the factors are of weights in {dtype[6:]}, and here they are float32" if dtype != "torch.float32" else "")
+                             + f": give the one it was collected on as MODEL, or make factors of this one with curvtools collect {a.model}") from e
+
 def _edit(a):
     "curvtools edit"
     _check_files([a.factors]); out = _check_out(a.out, folder=True)
     from curvtools.kfac import Factors
     factors = Factors.load(a.factors)
     model, tokenizer, _ = _open(a)
+    _check_source(factors, model, a)
     edit = factors.eigen(model).keep(rho=a.rho, fraction=a.fraction, energy=a.energy, blocks=a.blocks, projections=a.projections)
     print(edit)
     with _new_folder(out) as tmp: edit.save_pretrained(model, tmp, tokenizer)

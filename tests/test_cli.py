@@ -368,6 +368,21 @@ def test_gguf_without_the_package(run, bad, monkeypatch):
     assert code == 2 and 'pip install "curvtools[gguf]"' in err
 
 
+@pytest.mark.parametrize("model, more", [("other", ""), ("playground", ""), ("lm", "in bfloat16, and here they are float32")])
+def test_factors_of_another_model_are_refused_with_a_way_out(run, bad, monkeypatch, model, more):
+    "Before anything is decomposed, and with no argument of Python in the text."
+    from curvtools.kfac import Factors
+    f = Factors.load(bad/"ok.safetensors")
+    if more: f.meta["dtype"] = "torch.bfloat16"; f.fingerprints.update({n: "0" for n in f})
+    f.save(bad/"theirs.safetensors")
+    with monkeypatch.context() as m:
+        m.setattr(Factors, "eigen", lambda *a, **kw: pytest.fail("decomposed"))
+        code, _, err = run(f"edit {model} theirs.safetensors --rho .5 --out x")
+    assert code == 2 and f"theirs.safetensors does not belong to {model}: model.layers.2.mlp." in err and f"curvtools collect {model}" in err and more in err
+    assert "force" not in err and "Undo" not in err and not (bad/"x").exists()
+    (bad/"theirs.safetensors").unlink()
+
+
 def test_debug_shows_the_traceback(run, bad):
     with pytest.raises(FileNotFoundError): run("evaluate ./absent --text text.txt --debug")
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/14_cli.ipynb #6e372e25
+_pickled = "pickled weights are not read; save them again with model.save_pretrained(folder)"
 _vocabularies = "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model tekken.json".split()
 
 def _check_folder(path:Path, needs_tokenizer:bool):
@@ -35,7 +36,7 @@ def _check_folder(path:Path, needs_tokenizer:bool):
         raise FileNotFoundError(f"{path} is not a model folder: there is no config.json" + (f"; it holds {gguf[0]}, so pass gguf_file={gguf[0]!r} (--gguf-file)" if gguf else ""))
     if not any(n.endswith(".safetensors") for n in names):
         pickled = any(n.endswith((".bin", ".pt", ".pth")) for n in names)
-        raise FileNotFoundError(f"{path} has no weights: there is no .safetensors file" + (", and pickled weights are not read; save them again with model.save_pretrained(folder)" if pickled else ""))
+        raise FileNotFoundError(f"{path} has no weights: there is no .safetensors file" + (f", and {_pickled}" if pickled else ""))
     if needs_tokenizer and not names & set(_vocabularies):
         raise FileNotFoundError(f"{path} has no tokenizer: none of {', '.join(_vocabularies[:3])} is there; save it with tokenizer.save_pretrained({str(path)!r}), "
                                 "or give the folder or hub id of another one as tokenizer= (--tokenizer)")
@@ -67,6 +68,26 @@ def _place(path, gguf_file:str|None, needs_tokenizer:bool) -> tuple: # (folder o
     if p.is_absolute() or str(path).startswith((".", "~")) or len(p.parts) > 2: raise FileNotFoundError(f"there is no folder {path}")
     return str(path), gguf_file
 
+# %% ../nbs/14_cli.ipynb #c0113c52
+def _parts(index:str) -> set: # names of files
+    "What the index of a model in parts names."
+    try: return set(map(str, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{index} is no index of weights ({type(e).__name__}: {e}); save the model again with model.save_pretrained(folder)") from e
+
+def _check_pickles(where:str, gguf:bool=False): # a folder or hub id; are the weights in GGUF?
+    "ValueError where safetensors lead to pickled weights all the same: by the config, by the index of the parts, or by an adapter."
+    from transformers import AutoConfig
+    from transformers.utils import cached_file
+    quiet = {f"_raise_exceptions_for_{k}": False for k in ("missing_entries", "gated_repo", "connection_errors")}
+    config = None if gguf else AutoConfig.from_pretrained(where, trust_remote_code=False)
+    first = {str(w) for c in (config, config and config.get_text_config()) if (w := getattr(c, "transformers_weights", None))}
+    named = {w for w in first if not w.endswith(".safetensors.index.json")}
+    for index in set() if gguf else {"model.safetensors.index.json", *first - named}:
+        if f := cached_file(where, index, **quiet): named |= _parts(f)
+    if cached_file(where, "adapter_config.json", **quiet) and not cached_file(where, "adapter_model.safetensors", **quiet): named.add("adapter_model.bin")
+    bad = sorted(w for w in named if not w.endswith(".safetensors"))
+    if bad: raise ValueError(f"{where} has weights in {bad[0]}, and {_pickled}")
+
 # %% ../nbs/14_cli.ipynb #493ef8dd
 def load_model(
     path, # a model folder, a hub id, or a .gguf file
@@ -76,19 +97,23 @@ def load_model(
 ) -> tuple: # (model, tokenizer)
     "Load a causal language model in eval mode, and its tokenizer. FileNotFoundError, ValueError or ImportError name what is missing; no pickle is read and no remote code is run."
     where, gguf_file = _place(path, gguf_file, tokenizer is None)
+    if gguf_file is not None and os.path.isdir(where): gguf_file = os.path.abspath(os.path.join(where, gguf_file))   # or else one of that name in the working directory goes first
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     kw = dict(use_safetensors=True) if gguf_file is None else dict(gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True))
     source = where if tokenizer is None else tokenizer
     own = dict(gguf_file=gguf_file) if gguf_file is not None and tokenizer is None else {}
     try:
-        tok = source if not isinstance(source, (str, os.PathLike)) else AutoTokenizer.from_pretrained(source, **own)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kw)
+        _check_pickles(where, gguf_file is not None)
+        tok = source if not isinstance(source, (str, os.PathLike)) else AutoTokenizer.from_pretrained(source, trust_remote_code=False, **own)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, **kw)
     except (SafetensorError, struct.error, ValueError) as e:
+        if "trust_remote_code" in str(e): raise ValueError(f"{where} needs code that comes with it, and such code is not run: give a model and a tokenizer that transformers has classes for") from e
         if gguf_file is None and not isinstance(e, SafetensorError): raise
         raise ValueError(f"the weights of {os.path.join(where, gguf_file or '')} cannot be read; the file was cut short or is something else ({e})") from e
     except OSError as e:
         if os.path.isdir(where): raise
+        if "use_safetensors" in str(e): raise FileNotFoundError(f"{where} has no .safetensors weights, and {_pickled}") from e
         raise FileNotFoundError(f"there is no folder {where}, and no such model could be had from the hub ({str(e).splitlines()[0]})") from e
     return model.eval(), tok
 

@@ -362,6 +362,44 @@ def test_bad_input(run, bad, line, says):
     assert sorted(p.name for p in bad.iterdir()) == there, "something was written"
 
 
+@pytest.fixture(scope="module")
+def pickles(bad):
+    "Safetensors that lead to a pickle: by the index of the parts, by the config, by an adapter; a repository with such an index; one with nothing else."
+    for name in ("byindex", "byconfig", "byadapter", "noindex", "code"): shutil.copytree(bad/"lm", bad/name)
+    weights = load_model(bad/"lm")[0].state_dict()
+    for name, file in (("byindex", "part.bin"), ("byconfig", "adapter_model.bin"), ("byadapter", "adapter_model.bin")): torch.save(weights, bad/name/file)
+    (bad/"byindex"/"model.safetensors").rename(bad/"byindex"/"other.safetensors")
+    (bad/"byindex"/"model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=dict.fromkeys(weights, "part.bin"))))
+    (bad/"noindex"/"model.safetensors.index.json").write_text('["part.bin"]')
+    (bad/"byadapter"/"adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", base_model_name_or_path="lm")))
+    config = json.loads((bad/"lm"/"config.json").read_text())
+    (bad/"byconfig"/"config.json").write_text(json.dumps(config | dict(transformers_weights="adapter_model.bin")))
+    (bad/"code"/"config.json").write_text(json.dumps(config | dict(model_type="mine", auto_map=dict(AutoConfig="my.Config", AutoModelForCausalLM="my.Model"))))
+    (bad/"code"/"my.py").write_text("raise SystemExit('run')")
+    for name, source in (("parts", "byindex"), ("old", "pickled")):
+        repo = bad/"hub"/f"models--some--{name}"; (repo/"refs").mkdir(parents=True); (repo/"refs"/"main").write_text("a" * 40)
+        shutil.copytree(bad/source, repo/"snapshots"/("a" * 40))
+    return bad
+
+
+@pytest.mark.parametrize("model, says", [("byindex", "weights in part.bin, and pickled"), ("byconfig", "weights in adapter_model.bin, and pickled"), ("byadapter", "weights in adapter_model.bin, and pickled"),
+    ("some/parts", "some/parts has weights in part.bin, and pickled"), ("some/old", "some/old has no .safetensors weights, and pickled"), ("pickled", "pickled weights are not read"), ("noindex", "model.safetensors.index.json is no index of weights"), ("code", "such code is not run")])
+def test_no_road_leads_to_a_pickle_or_to_code(run, pickles, monkeypatch, model, says):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(pickles/"hub")); monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("torch.load", lambda *a, **kw: pytest.fail("a pickle was read")); monkeypatch.setattr("builtins.input", lambda *a: "y")
+    code, _, err = run(f"collect {model} --text text.txt --out x")
+    assert code == 2 and says in err and not (pickles/"x").exists(), err
+
+
+def test_gguf_of_the_folder_and_not_of_the_working_directory(place, monkeypatch):
+    (place/"deep").mkdir(); (place/"deep"/"same.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(20)); (place/"same.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(place); got = []
+    def first(cls, *args, gguf_file=None, **kw): got.append(gguf_file); raise ValueError("stop here")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", classmethod(first))
+    with pytest.raises(ValueError, match="stop here"): load_model("deep", "same.gguf")
+    assert got == [str(place/"deep"/"same.gguf")]
+
+
 def test_gguf_without_the_package(run, bad, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     code, _, err = run("evaluate cut.gguf --text text.txt")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/14_cli.ipynb #6e372e25
+_pickled = "pickled weights are not read; save them again with model.save_pretrained(folder)"
 _vocabularies = "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model tekken.json".split()
 
 def _check_folder(path:Path, needs_tokenizer:bool):
@@ -35,7 +36,7 @@ def _check_folder(path:Path, needs_tokenizer:bool):
         raise FileNotFoundError(f"{path} is not a model folder: there is no config.json" + (f"; it holds {gguf[0]}, so pass gguf_file={gguf[0]!r} (--gguf-file)" if gguf else ""))
     if not any(n.endswith(".safetensors") for n in names):
         pickled = any(n.endswith((".bin", ".pt", ".pth")) for n in names)
-        raise FileNotFoundError(f"{path} has no weights: there is no .safetensors file" + (", and pickled weights are not read; save them again with model.save_pretrained(folder)" if pickled else ""))
+        raise FileNotFoundError(f"{path} has no weights: there is no .safetensors file" + (f", and {_pickled}" if pickled else ""))
     if needs_tokenizer and not names & set(_vocabularies):
         raise FileNotFoundError(f"{path} has no tokenizer: none of {', '.join(_vocabularies[:3])} is there; save it with tokenizer.save_pretrained({str(path)!r}), "
                                 "or give the folder or hub id of another one as tokenizer= (--tokenizer)")
@@ -67,6 +68,26 @@ def _place(path, gguf_file:str|None, needs_tokenizer:bool) -> tuple: # (folder o
     if p.is_absolute() or str(path).startswith((".", "~")) or len(p.parts) > 2: raise FileNotFoundError(f"there is no folder {path}")
     return str(path), gguf_file
 
+# %% ../nbs/14_cli.ipynb #c0113c52
+def _parts(index:str) -> set: # names of files
+    "What the index of a model in parts names."
+    try: return set(map(str, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{index} is no index of weights ({type(e).__name__}: {e}); save the model again with model.save_pretrained(folder)") from e
+
+def _check_pickles(where:str, gguf:bool=False): # a folder or hub id; are the weights in GGUF?
+    "ValueError where safetensors lead to pickled weights all the same: by the config, by the index of the parts, or by an adapter."
+    from transformers import AutoConfig
+    from transformers.utils import cached_file
+    quiet = {f"_raise_exceptions_for_{k}": False for k in ("missing_entries", "gated_repo", "connection_errors")}
+    config = None if gguf else AutoConfig.from_pretrained(where, trust_remote_code=False)
+    first = {str(w) for c in (config, config and config.get_text_config()) if (w := getattr(c, "transformers_weights", None))}
+    named = {w for w in first if not w.endswith(".safetensors.index.json")}
+    for index in set() if gguf else {"model.safetensors.index.json", *first - named}:
+        if f := cached_file(where, index, **quiet): named |= _parts(f)
+    if cached_file(where, "adapter_config.json", **quiet) and not cached_file(where, "adapter_model.safetensors", **quiet): named.add("adapter_model.bin")
+    bad = sorted(w for w in named if not w.endswith(".safetensors"))
+    if bad: raise ValueError(f"{where} has weights in {bad[0]}, and {_pickled}")
+
 # %% ../nbs/14_cli.ipynb #493ef8dd
 def load_model(
     path, # a model folder, a hub id, or a .gguf file
@@ -76,19 +97,23 @@ def load_model(
 ) -> tuple: # (model, tokenizer)
     "Load a causal language model in eval mode, and its tokenizer. FileNotFoundError, ValueError or ImportError name what is missing; no pickle is read and no remote code is run."
     where, gguf_file = _place(path, gguf_file, tokenizer is None)
+    if gguf_file is not None and os.path.isdir(where): gguf_file = os.path.abspath(os.path.join(where, gguf_file))   # or else one of that name in the working directory goes first
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     kw = dict(use_safetensors=True) if gguf_file is None else dict(gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True))
     source = where if tokenizer is None else tokenizer
     own = dict(gguf_file=gguf_file) if gguf_file is not None and tokenizer is None else {}
     try:
-        tok = source if not isinstance(source, (str, os.PathLike)) else AutoTokenizer.from_pretrained(source, **own)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kw)
+        _check_pickles(where, gguf_file is not None)
+        tok = source if not isinstance(source, (str, os.PathLike)) else AutoTokenizer.from_pretrained(source, trust_remote_code=False, **own)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, **kw)
     except (SafetensorError, struct.error, ValueError) as e:
+        if "trust_remote_code" in str(e): raise ValueError(f"{where} needs code that comes with it, and such code is not run: give a model and a tokenizer that transformers has classes for") from e
         if gguf_file is None and not isinstance(e, SafetensorError): raise
         raise ValueError(f"the weights of {os.path.join(where, gguf_file or '')} cannot be read; the file was cut short or is something else ({e})") from e
     except OSError as e:
         if os.path.isdir(where): raise
+        if "use_safetensors" in str(e): raise FileNotFoundError(f"{where} has no .safetensors weights, and {_pickled}") from e
         raise FileNotFoundError(f"there is no folder {where}, and no such model could be had from the hub ({str(e).splitlines()[0]})") from e
     return model.eval(), tok
 
@@ -146,6 +171,8 @@ def _new_folder(path:Path):
 def _open(a) -> tuple: # (model, tokenizer, playground or None)
     "The model that the arguments name."
     if a.model == "playground" and not Path(a.model).exists():
+        own = [o for o, x in (("--tokenizer", a.tokenizer), ("--gguf-file", a.gguf_file)) if x]
+        if own: raise ValueError(f"{' and '.join(own)} cannot apply to playground, which is bundled with its tokenizer: leave that out, or give a folder or hub id as MODEL")
         from curvtools.zoo import playground
         pg = playground()
         return pg.model, pg.tokenizer, pg
@@ -156,35 +183,87 @@ def _windows(a, tokenizer, own):
     from curvtools.data import windows
     if a.text: return windows([Path(f) for f in a.text], tokenizer, length=a.length, max_tokens=a.tokens)
     if own is None: raise ValueError("no text: give UTF-8 files with --text")
-    return own[:a.tokens // own.length or 1] if a.tokens else own
+    if a.length > own.length: raise ValueError(f"--length {a.length} is more than the {own.length} tokens of a window of playground: give {own.length} or less, or other text with --text")
+    w = own if a.length == own.length else own._with(ids=own.ids[:, :own.length // a.length * a.length].reshape(-1, a.length))
+    return w[:a.tokens // a.length] if a.tokens else w
 
 def _check_files(files):
     "FileNotFoundError for the first file that is not there."
     for f in files or ():
         if not Path(f).is_file(): raise FileNotFoundError(f"there is no file {f}")
 
+def _check_text(a):
+    "FileNotFoundError or ValueError, before a model is loaded, for text that cannot be cut as the arguments say."
+    _check_files(a.text)
+    if a.length < 2: raise ValueError(f"--length {a.length}: a window needs at least two tokens")
+    if a.tokens and a.tokens < a.length: raise ValueError(f"--tokens {a.tokens} is less than one window of {a.length}: give {a.length} or more, or a smaller --length")
+
 # %% ../nbs/14_cli.ipynb #ec605323
+def _check_collect(a) -> Path: # where the factors go
+    "ValueError or FileNotFoundError, before a model is loaded, for arguments that do not go together."
+    _check_text(a); out = _check_out(a.out)
+    if a.mc_samples > 1 and a.labels != "sample": raise ValueError(f"--mc-samples {a.mc_samples} draws labels, and --labels {a.labels} draws none: leave one of the two out")
+    if a.every and not a.snapshot: raise ValueError("--every says how often a snapshot is written: give --snapshot FILE too")
+    if a.snapshot and _check_out(a.snapshot).absolute() == out.absolute(): raise ValueError(f"--snapshot and --out are both {out}: give the snapshot a file of its own")
+    return out
+
 def _collect(a):
     "curvtools collect"
-    _check_files(a.text); out = _check_out(a.out)
+    out, more = _check_collect(a), dict(snapshot=Path(a.snapshot).expanduser()) if a.snapshot else {}
     from curvtools.kfac import collect
     from curvtools.scale import _joined, shard
     model, tokenizer, pg = _open(a)
     w = _windows(a, tokenizer, pg and pg.clean)
     with _joined() as speaks:
         if speaks: print(w)
-        factors = collect(model, shard(w), targets=a.targets, blocks=a.blocks, projections=a.projections, labels=a.labels, seed=a.seed)
+        if a.every: more["every"] = a.every
+        factors = collect(model, shard(w), targets=a.targets, blocks=a.blocks, projections=a.projections, labels=a.labels, seed=a.seed, on_nan=a.on_nan, mc_samples=a.mc_samples, stop=a.stop, **more)
     if not speaks: return
     factors.save(out)
-    print(f"{factors}\nwritten: {out} ({out.stat().st_size / 2**20:.1f} MB)")
+    print(f"{factors}{_stopped(a, factors)}\nwritten: {out} ({out.stat().st_size / 2**20:.1f} MB)")
+    if a.snapshot: print(f"no longer needed: {a.snapshot}")
+
+def _stopped(a, factors) -> str:
+    "What came of --stop."
+    if a.stop is None: return ""
+    if (x := factors.meta.get("agreement")) is None: return "\n--stop: even and odd batches were never compared, as there is too little text for it"
+    return f"\n--stop: even and odd batches agree to {x:.4f}, {'enough to end' if x >= 1 - (.01 if a.stop == 'converged' else a.stop) else 'not enough by the end of the text'}"
+
+# %% ../nbs/14_cli.ipynb #c0113c72
+def _gathered(file:Path) -> int:
+    "Tokens whose sums a snapshot holds, 0 where there is none."
+    try:
+        from safetensors import safe_open
+        with safe_open(file, "numpy") as f: return json.loads(f.metadata()["meta"])["state"]["done"]
+    except Exception: return 0
+
+def _kept(a) -> str:
+    "What a cancelled command leaves, and how to go on."
+    if a.command != "collect": return "nothing was written"
+    if not a.snapshot: return "nothing was written; with --snapshot FILE the next run can be gone on with"
+    f, size = Path(a.snapshot).expanduser(), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1: f = f.with_name(f"{f.name}.{os.environ.get('RANK', 0)}of{size}")
+    if n := _gathered(f): return f"{f} keeps what {n:,} tokens gave; the same command again goes on from there"
+    return f"nothing was written, as {f} is first written after {a.every or 1_000_000:,} tokens (--every); the same command again starts anew"
 
 # %% ../nbs/14_cli.ipynb #a58b880b
+def _check_source(factors, model, a):
+    "ValueError, before anything is decomposed, where factors come from other weights than the model's."
+    from curvtools.decompose import check_weights
+    dtype = factors.meta.get("dtype", "torch.float32")
+    for n, f in factors.items():
+        try: check_weights(model, f.target, factors.fingerprints.get(n))
+        except ValueError as e:
+            raise ValueError(f"{a.factors} does not belong to {a.model}: {n} is not there with the weights it was collected on. This is another model, or an edited one" + (f", or the factors are of weights in {dtype[6:]}, and here they are float32" if dtype != "torch.float32" else "")
+                             + f": give the one it was collected on as MODEL, or make factors of this one with curvtools collect {a.model}") from e
+
 def _edit(a):
     "curvtools edit"
     _check_files([a.factors]); out = _check_out(a.out, folder=True)
     from curvtools.kfac import Factors
     factors = Factors.load(a.factors)
     model, tokenizer, _ = _open(a)
+    _check_source(factors, model, a)
     edit = factors.eigen(model).keep(rho=a.rho, fraction=a.fraction, energy=a.energy, blocks=a.blocks, projections=a.projections)
     print(edit)
     with _new_folder(out) as tmp: edit.save_pretrained(model, tmp, tokenizer)
@@ -198,7 +277,9 @@ def _recite(a):
     from curvtools.recite import recite
     model, tokenizer, pg = _open(a)
     if not a.passages and pg is None: raise ValueError("no passages: give a JSONL file")
-    passages = load_passages(a.passages, tokenizer, prefix=a.prefix, suffix=a.suffix) if a.passages else pg.memorized + pg.unseen
+    cut = {k: n for k, n in (("prefix", a.prefix), ("suffix", a.suffix)) if n}
+    if cut and not a.passages: raise ValueError(f"--{' and --'.join(cut)} cannot apply to the passages of playground, which are cut already: leave that out, or give a JSONL file")
+    passages = load_passages(a.passages, tokenizer, **cut) if a.passages else pg.memorized + pg.unseen
     r = recite(model, passages, batch_size=a.batch_size)
     if a.json: return [{k: v for k, v in row.items() if k != "generated"} | dict(text=tokenizer.decode(row["generated"])) for row in r.rows]
     print(r)
@@ -207,7 +288,7 @@ def _recite(a):
 
 def _evaluate(a):
     "curvtools evaluate"
-    _check_files(a.text)
+    _check_text(a)
     from curvtools.evaluate import perplexity
     model, tokenizer, pg = _open(a)
     p = perplexity(model, _windows(a, tokenizer, pg and pg.heldout))
@@ -540,12 +621,28 @@ def _share(text:str) -> float:
     if not 0 <= x <= 1: raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return x
 
+def _stop(text:str): # "converged" or a float
+    "When to end before the end of the text."
+    try: x = .5 if text == "converged" else float(text)
+    except ValueError: x = 0.
+    if not 0 < x < 1: raise argparse.ArgumentTypeError(f"{text!r} is neither converged nor a number between 0 and 1")
+    return text if text == "converged" else x
+
 def _count(text:str) -> int:
     "A whole number, 1 or more."
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 # %% ../nbs/14_cli.ipynb #f4fc68a5
+class _Command(argparse.ArgumentParser):
+    "A command whose options and positional arguments may come in any order."
+    _twice = False                                                 # inside the two passes of argparse
+    def parse_known_args(self, args=None, namespace=None):
+        if self._twice: return super().parse_known_args(args, namespace)
+        self._twice = True
+        try: return self.parse_known_intermixed_args(args, namespace)
+        finally: self._twice = False
+
 def _model_args(p):
     "What all commands on a model share."
     p.add_argument("model", metavar="MODEL", help='a model folder, a hub id, a .gguf file, or "playground"')
@@ -557,9 +654,19 @@ def _target_args(p):
     p.add_argument("--projections", nargs="+", metavar="NAME", help="only these projections: gate up down q k v o fc1 fc2")
 
 def _text_args(p):
-    p.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text files")
+    p.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text files; -- ends a list")
     p.add_argument("--length", type=_count, default=128, help="tokens a window (%(default)s)")
-    p.add_argument("--tokens", type=_count, help="read no more than this many tokens")
+    p.add_argument("--tokens", type=_count, help="read no more than this many tokens, at least one window")
+
+_goes_on = "Ctrl-C ends with exit code 130; the model is as it was and no factors are written. With --snapshot, the same command again goes on from the last snapshot and writes the same factors, to the bit."
+
+def _collect_args(p):
+    "How a long collection is kept, and when it ends."
+    p.add_argument("--snapshot", metavar="FILE", help="keep the sums in this file; after Ctrl-C or a crash the same command goes on from there")
+    p.add_argument("--every", type=_count, metavar="TOKENS", help="tokens between two snapshots (1000000)")
+    p.add_argument("--stop", type=_stop, metavar="WHEN", help='"converged" or how far from 1, such as .02: end when even and odd batches agree so well, else at the end of the text')
+    p.add_argument("--on-nan", choices=("raise", "skip"), default="raise", help="what to do about a batch that gives NaN or infinity (%(default)s)")
+    p.add_argument("--mc-samples", type=_count, default=1, metavar="N", help="labels drawn for each position; each costs a backward pass (%(default)s)")
 
 # %% ../nbs/14_cli.ipynb #5b11afe7
 def _parser() -> argparse.ArgumentParser:
@@ -568,30 +675,39 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = argparse.ArgumentParser(prog="curvtools", description="See what a transformer memorised in the curvature of its loss, and cut it out.")
     parser.add_argument("--version", action="store_true", help="print the version and stop")
-    sub = parser.add_subparsers(metavar="COMMAND", dest="command")
-    def command(name, run, text):
-        p = sub.add_parser(name, parents=[both], help=text, description=text[0].upper() + text[1:] + "." * (text[-1] != "?"))
+    sub = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=_Command)
+    def command(name, run, text, more=None):
+        p = sub.add_parser(name, parents=[both], help=text, description=text[0].upper() + text[1:] + "." * (text[-1] != "?"), epilog=more)
         p.set_defaults(run=run, json=False)
         return p
     p = command("demo", _demo, "the whole road on the bundled model, with controls, in about a minute")
     p.add_argument("--out", default="curvtools-report.html", metavar="FILE", help="the HTML report (%(default)s)")
     p.add_argument("--seed", type=int, default=0); p.add_argument("--json", action="store_true", help="print the table as JSON and nothing else on standard output")
-    p = command("collect", _collect, "collect K-FAC factors of a model on text"); _model_args(p); _text_args(p); _target_args(p)
+    p = command("collect", _collect, "collect K-FAC factors of a model on text", _goes_on); _model_args(p); _text_args(p); _target_args(p)
     p.add_argument("--out", required=True, metavar="FILE", help="the factors, a .safetensors file"); p.add_argument("--targets", nargs="+", default="mlp", help="mlp, attention, all or names with wildcards (%(default)s)")
     p.add_argument("--labels", choices=("sample", "data", "exact"), default="sample", help="where labels come from (%(default)s)"); p.add_argument("--seed", type=int, default=0, help="of the sampled labels")
+    _collect_args(p)
     p = command("edit", _edit, "keep the pairs of highest curvature, and save the edited model with its recipe"); _model_args(p); _target_args(p)
     p.add_argument("factors", metavar="FACTORS", help="a file that collect wrote"); p.add_argument("--out", required=True, metavar="FOLDER", help="the edited model, a new folder")
     strength = p.add_mutually_exclusive_group(required=True)
     for name, text in (("rho", "share of the curvature mass to keep"), ("fraction", "share of the pairs to keep"), ("energy", "share of the squared coefficients to keep")): strength.add_argument(f"--{name}", type=_share, help=text)
     p = command("recite", _recite, "does the model recite these passages?"); _model_args(p)
     p.add_argument("passages", metavar="PASSAGES", nargs="?", help="a JSONL file with prefix and suffix, ids or text"); p.add_argument("--json", action="store_true", help="print one object a passage")
-    for name, n, text in (("prefix", 64, "tokens of prefix, for lines with one text"), ("suffix", 48, "tokens of suffix, likewise"), ("batch-size", 32, "passages run at once")): p.add_argument(f"--{name}", type=_count, default=n, help=f"{text} (%(default)s)")
+    for name, n, text in (("prefix", None, "tokens of prefix, for lines with one text (64)"), ("suffix", None, "tokens of suffix, likewise (48)"), ("batch-size", 32, "passages run at once (%(default)s)")): p.add_argument(f"--{name}", type=_count, default=n, help=text)
     p = command("evaluate", _evaluate, "perplexity on text"); _model_args(p); _text_args(p); p.add_argument("--json", action="store_true", help="print it as JSON")
     p = command("lab", _lab, "open a ready notebook with the Lab in JupyterLab; what follows -- goes to the server"); p.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help=f"where {_lab_name} is or goes (here)")
     p.add_argument("--voila", action="store_true", help="serve it with Voila: the controls without the code"); p.add_argument("--no-browser", action="store_true", help="start no browser")
     return parser
 
 # %% ../nbs/14_cli.ipynb #4e80425b
+_options = (('on_nan="skip"', "--on-nan skip"), ("lower length=", "lower --length"), ("(blocks=..., projections=...)", "(--blocks, --projections)"), ("(snapshot=...)", "(--snapshot)"), ("hold fewer logits at once (chunk=...)", "give a smaller --length"),
+            ("; what was gathered so far is in .partial", ""), ("call collect as it was called then", "give the options of then"), ("a path of its own", "another --snapshot"))
+
+def _in_options(text:str) -> str:
+    "An error that names arguments of Python, with the options that do the same."
+    for python, option in _options: text = text.replace(python, option)
+    return text
+
 def _quiet():
     "No notices and bars of transformers; they are not about what the user asked."
     from transformers.utils import logging
@@ -618,11 +734,11 @@ def main(
         print(f"curvtools {__version__}"); return 0
     if a.command is None: parser.print_help(); return 2
     try: return _run(a)
-    except KeyboardInterrupt: print("\ncancelled; nothing was written", file=sys.stderr); return 130
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError, ArithmeticError, KeyError) as e:
+    except KeyboardInterrupt: print(f"\ncancelled; {_kept(a)}", file=sys.stderr); return 130
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, ArithmeticError, KeyError, MemoryError) as e:
         if a.debug: raise
         text = " ".join(str(e.args[0] if isinstance(e, KeyError) else e).split())
-        print(f"curvtools {a.command}: {text or type(e).__name__}", file=sys.stderr); return 2
+        print(f"curvtools {a.command}: {_in_options(text) or type(e).__name__}", file=sys.stderr); return 2
 
 # %% ../nbs/14_cli.ipynb #4c82b6ac
 if __name__ == "__main__": sys.exit(main())

@@ -1,9 +1,12 @@
 "The command line: the effect on the bundled model, each command on a folder, each kind of bad input, and nothing half-written."
 import dataclasses
+import inspect
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 import curvtools.cli
+import curvtools.kfac
 import curvtools.zoo
 from curvtools.cli import Demo, _html_table, demo, load_model, main, report
 from curvtools.data import Passage, Passages, save_passages
@@ -46,6 +50,28 @@ assert not heavy, heavy"""
     for args in (["--help"], ["demo", "--help"], ["collect", "--help"], ["lab", "--help"], ["lab", "/absent"], ["--version"], []):
         r = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
         assert r.returncode == 0, r.stderr
+
+
+@pytest.mark.parametrize("name, parts, want", [
+    ("recite", ["m", "p.jsonl", "--json", "--prefix 3"], dict(model="m", passages="p.jsonl", json=True, prefix=3, suffix=None, batch_size=32)),
+    ("recite", ["m", "--json", "--batch-size 2"], dict(model="m", passages=None, json=True, batch_size=2)),
+    ("edit", ["m", "f", "--rho .5", "--out x"], dict(model="m", factors="f", rho=.5, out="x", blocks=None)),
+    ("evaluate", ["m", "--length 9", "--json"], dict(model="m", length=9, json=True, text=None)),
+    ("collect", ["m", "--seed 1", "--out x"], dict(model="m", seed=1, out="x", labels="sample")),
+    ("lab", ["here", "--voila", "--no-browser"], dict(folder="here", voila=True, no_browser=True)),
+    ("lab", ["--voila", "--no-browser"], dict(folder=".", voila=True, no_browser=True)),
+])
+def test_the_order_of_options_and_arguments_does_not_matter(name, parts, want):
+    plain = lambda words: [w for w in words if w[0] != "-"]   # these keep their order among themselves
+    for order in itertools.permutations(parts):
+        if plain(order) != plain(parts): continue
+        a = vars(curvtools.cli._parser().parse_args([name, *" ".join(order).split()]))
+        assert {k: a[k] for k in want} == want, order
+
+
+def test_two_dashes_end_a_list():
+    a = curvtools.cli._parser().parse_args("evaluate --text a b -- m".split())
+    assert (a.model, a.text) == ("m", ["a", "b"])
 
 
 # --- the effect -----------------------------------------------------------------------------------------------------------------
@@ -189,7 +215,7 @@ def test_collect_edit_recite_evaluate(run, place):
     assert code == 0 and "strict" in out
     code, out, _ = run("recite edited p.jsonl --json")
     rows = json.loads(out)
-    assert code == 0 and len(rows) == 8 and {"strict", "loose", "lev", "text"} <= rows[0].keys()
+    assert run("recite edited --json p.jsonl") == (0, out, "") and code == 0 and len(rows) == 8 and {"strict", "loose", "lev", "text"} <= rows[0].keys()
     code, out, _ = run("evaluate lm --text text.txt --length 64")
     assert code == 0 and re.search(r"perplexity \d", out)
     code, out, _ = run("evaluate lm --text text.txt --length 64 --json")
@@ -203,6 +229,16 @@ def test_the_word_playground(run, small, monkeypatch, place):
     code, out, _ = run("recite playground")
     assert code == 0 and "64" in out
     assert run("evaluate playground")[0] == 0
+
+
+def test_length_and_tokens_apply_to_the_playground(run, small, monkeypatch, place):
+    monkeypatch.setattr(curvtools.zoo, "playground", lambda *a: small)
+    code, out, _ = run("collect playground --length 50 --tokens 220 --out short.safetensors")
+    assert code == 0 and "4 x 50 = 200 tokens" in out
+    code, out, _ = run("evaluate playground --length 16 --tokens 300 --json")
+    assert code == 0 and (x := json.loads(out)[0])["window"] == 16 and x["windows"] == 18
+    code, out, _ = run("evaluate playground --json")
+    assert code == 0 and json.loads(out)[0]["window"] == 128
 
 
 def test_a_tokenizer_from_elsewhere(run, place):
@@ -262,11 +298,28 @@ def bad(place):
     ("evaluate lm --text text.txt --length 0", "--length"),
     ("evaluate lm --text text.txt --length 129", "128"),
     ("collect lm --text text.txt --tokens -5 --out x", "--tokens"),
+    ("collect lm --text text.txt --tokens 127 --out x", "--tokens 127 is less than one window of 128"),
+    ("collect playground --length 64 --tokens 50 --out x", "--tokens 50 is less than one window of 64"),
+    # what cannot apply to the playground
+    ("evaluate playground --length 129", "--length 129 is more than the 128"),
+    ("evaluate playground --tokenizer /absent --gguf-file absent.gguf", "--tokenizer and --gguf-file cannot apply"),
+    ("edit playground ok.safetensors --rho .5 --gguf-file absent.gguf --out x", "--gguf-file cannot apply"),
+    ("recite playground --prefix 10 --suffix 3", "--prefix and --suffix cannot apply"),
+    ("recite playground --suffix 3", "--suffix cannot apply"),
     # selection
     ("collect lm --text text.txt --out x --targets *.nothing", "nothing"),
     ("collect lm --text text.txt --out x --blocks 7", "7"),
     ("collect lm --text text.txt --out x --projections fc9", "fc9"),
     ("collect lm --text text.txt --out x --labels wrong", "--labels"),
+    ("collect lm --text text.txt --out x --labels data --mc-samples 2", "--mc-samples 2 draws labels, and --labels data draws none"),
+    ("collect lm --text text.txt --out x --mc-samples 0", "--mc-samples"),
+    ("collect lm --text text.txt --out x --stop wrong", "neither converged nor a number between 0 and 1"),
+    ("collect lm --text text.txt --out x --stop 1", "between 0 and 1"),
+    ("collect lm --text text.txt --out x --every 5", "give --snapshot FILE too"),
+    ("collect lm --text text.txt --out x --snapshot ./x", "--snapshot and --out are both x"),
+    ("collect lm --text text.txt --out x --snapshot absent/s", "no folder absent"),
+    ("collect nan --text text.txt --out x --blocks -1", "leave such batches out with --on-nan skip"),
+    ("collect nan --text text.txt --out x --blocks -1 --on-nan skip", "all 1 batches give NaN"),
     # where to
     ("collect lm --text text.txt --out absent/x", "no folder absent"),
     ("collect lm --text text.txt --out full", "is a folder"),
@@ -309,10 +362,63 @@ def test_bad_input(run, bad, line, says):
     assert sorted(p.name for p in bad.iterdir()) == there, "something was written"
 
 
+@pytest.fixture(scope="module")
+def pickles(bad):
+    "Safetensors that lead to a pickle: by the index of the parts, by the config, by an adapter; a repository with such an index; one with nothing else."
+    for name in ("byindex", "byconfig", "byadapter", "noindex", "code"): shutil.copytree(bad/"lm", bad/name)
+    weights = load_model(bad/"lm")[0].state_dict()
+    for name, file in (("byindex", "part.bin"), ("byconfig", "adapter_model.bin"), ("byadapter", "adapter_model.bin")): torch.save(weights, bad/name/file)
+    (bad/"byindex"/"model.safetensors").rename(bad/"byindex"/"other.safetensors")
+    (bad/"byindex"/"model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=dict.fromkeys(weights, "part.bin"))))
+    (bad/"noindex"/"model.safetensors.index.json").write_text('["part.bin"]')
+    (bad/"byadapter"/"adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", base_model_name_or_path="lm")))
+    config = json.loads((bad/"lm"/"config.json").read_text())
+    (bad/"byconfig"/"config.json").write_text(json.dumps(config | dict(transformers_weights="adapter_model.bin")))
+    (bad/"code"/"config.json").write_text(json.dumps(config | dict(model_type="mine", auto_map=dict(AutoConfig="my.Config", AutoModelForCausalLM="my.Model"))))
+    (bad/"code"/"my.py").write_text("raise SystemExit('run')")
+    for name, source in (("parts", "byindex"), ("old", "pickled")):
+        repo = bad/"hub"/f"models--some--{name}"; (repo/"refs").mkdir(parents=True); (repo/"refs"/"main").write_text("a" * 40)
+        shutil.copytree(bad/source, repo/"snapshots"/("a" * 40))
+    return bad
+
+
+@pytest.mark.parametrize("model, says", [("byindex", "weights in part.bin, and pickled"), ("byconfig", "weights in adapter_model.bin, and pickled"), ("byadapter", "weights in adapter_model.bin, and pickled"),
+    ("some/parts", "some/parts has weights in part.bin, and pickled"), ("some/old", "some/old has no .safetensors weights, and pickled"), ("pickled", "pickled weights are not read"), ("noindex", "model.safetensors.index.json is no index of weights"), ("code", "such code is not run")])
+def test_no_road_leads_to_a_pickle_or_to_code(run, pickles, monkeypatch, model, says):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(pickles/"hub")); monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("torch.load", lambda *a, **kw: pytest.fail("a pickle was read")); monkeypatch.setattr("builtins.input", lambda *a: "y")
+    code, _, err = run(f"collect {model} --text text.txt --out x")
+    assert code == 2 and says in err and not (pickles/"x").exists(), err
+
+
+def test_gguf_of_the_folder_and_not_of_the_working_directory(place, monkeypatch):
+    (place/"deep").mkdir(); (place/"deep"/"same.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(20)); (place/"same.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(place); got = []
+    def first(cls, *args, gguf_file=None, **kw): got.append(gguf_file); raise ValueError("stop here")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", classmethod(first))
+    with pytest.raises(ValueError, match="stop here"): load_model("deep", "same.gguf")
+    assert got == [str(place/"deep"/"same.gguf")]
+
+
 def test_gguf_without_the_package(run, bad, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     code, _, err = run("evaluate cut.gguf --text text.txt")
     assert code == 2 and 'pip install "curvtools[gguf]"' in err
+
+
+@pytest.mark.parametrize("model, more", [("other", ""), ("playground", ""), ("lm", "in bfloat16, and here they are float32")])
+def test_factors_of_another_model_are_refused_with_a_way_out(run, bad, monkeypatch, model, more):
+    "Before anything is decomposed, and with no argument of Python in the text."
+    from curvtools.kfac import Factors
+    f = Factors.load(bad/"ok.safetensors")
+    if more: f.meta["dtype"] = "torch.bfloat16"; f.fingerprints.update({n: "0" for n in f})
+    f.save(bad/"theirs.safetensors")
+    with monkeypatch.context() as m:
+        m.setattr(Factors, "eigen", lambda *a, **kw: pytest.fail("decomposed"))
+        code, _, err = run(f"edit {model} theirs.safetensors --rho .5 --out x")
+    assert code == 2 and f"theirs.safetensors does not belong to {model}: model.layers.2.mlp." in err and f"curvtools collect {model}" in err and more in err
+    assert "force" not in err and "Undo" not in err and not (bad/"x").exists()
+    (bad/"theirs.safetensors").unlink()
 
 
 def test_debug_shows_the_traceback(run, bad):
@@ -398,6 +504,65 @@ def test_cancel_leaves_nothing(run, bad, monkeypatch, line, where):
     monkeypatch.setattr(where, interrupt)
     code, _, err = run(line)
     assert code == 130 and "cancelled" in err and sorted(p.name for p in bad.iterdir()) == there
+
+
+COLLECT = "collect lm --text text.txt --blocks -1 --length 32 --seed 3 --out"
+
+
+def test_a_cancelled_collect_goes_on(run, bad, monkeypatch):
+    "Ctrl-C after the second snapshot; the same command again gives the factors of a run without Ctrl-C, to the bit."
+    from curvtools import kfac
+    assert run(f"{COLLECT} whole.safetensors")[0] == 0
+    weights, real, n = (bad/"lm"/"model.safetensors").read_bytes(), kfac._write_snapshot, []
+    def write(*args):
+        real(*args); n.append(args[-1]["read"])
+        if len(n) == 2: signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(kfac, "_write_snapshot", write)
+    line = f"{COLLECT} again.safetensors --snapshot sums --every 256"
+    code, _, err = run(line)
+    assert code == 130 and err.strip().splitlines()[-1] == "cancelled; sums keeps what 496 tokens gave; the same command again goes on from there"
+    assert n == [1, 2] and not (bad/"again.safetensors").exists() and (bad/"lm"/"model.safetensors").read_bytes() == weights
+    code, _, err = run(line.replace("--seed 3", "--seed 4"))
+    assert code == 2 and "sums was made with another seed: 3 and not 4; give the options of then, or give this run another --snapshot" in err
+    code, out, _ = run(line)
+    assert code == 0 and n == [1, 2] and "no longer needed: sums" in out
+    a, b = (kfac.Factors.load(bad/f"{k}.safetensors") for k in ("whole", "again"))
+    assert all(torch.equal(a[k].A, b[k].A) and torch.equal(a[k].G, b[k].G) and a[k].count == b[k].count for k in a) and a.meta == b.meta
+
+
+@pytest.mark.parametrize("more, says", [
+    ("", "cancelled; nothing was written; with --snapshot FILE the next run can be gone on with"),
+    ("--snapshot none", "cancelled; nothing was written, as none is first written after 1,000,000 tokens (--every); the same command again starts anew"),
+    ("--snapshot none --every 512", "cancelled; nothing was written, as none is first written after 512 tokens (--every); the same command again starts anew"),
+])
+def test_cancel_says_how_to_go_on(run, bad, monkeypatch, more, says):
+    assert inspect.signature(curvtools.kfac.collect).parameters["every"].default == 1_000_000
+    monkeypatch.setattr("curvtools.kfac.sample_labels", interrupt)
+    code, _, err = run(f"{COLLECT} x {more}")
+    assert code == 130 and err.strip().splitlines()[-1] == says and not (bad/"none").exists() and not (bad/"x").exists()
+
+
+def test_the_snapshot_of_a_process_is_named(bad, monkeypatch):
+    shutil.copy(bad/"ok.safetensors", bad/"s.1of2"); monkeypatch.setenv("WORLD_SIZE", "2"); monkeypatch.setenv("RANK", "1")
+    a = curvtools.cli._parser().parse_args(["collect", "lm", "--out", "x", "--snapshot", str(bad/"s")])
+    assert f"{bad/'s.1of2'} is first written" in curvtools.cli._kept(a)   # it holds no sums
+
+
+def test_collect_passes_its_options_on(run, bad, monkeypatch):
+    got = {}
+    def collect(model, w, **kw): got.update(kw); return real(model, w, **kw)
+    real = curvtools.kfac.collect
+    monkeypatch.setattr("curvtools.kfac.collect", collect)
+    code, out, _ = run(f"{COLLECT} opt.safetensors --stop .9 --on-nan skip --mc-samples 2")
+    assert code == 0 and (got["stop"], got["on_nan"], got["mc_samples"]) == (.9, "skip", 2) and "snapshot" not in got and re.search(r"--stop: even and odd batches agree to [\d.]+, enough to end", out)
+    code, out, _ = run(f"{COLLECT} opt.safetensors --stop converged --tokens 64")
+    assert code == 0 and got["stop"] == "converged" and "never compared" in out
+
+
+def test_too_little_memory_is_one_line(run, bad, monkeypatch):
+    monkeypatch.setattr("curvtools.kfac.available_memory", lambda d: 1000)
+    code, _, err = run(f"{COLLECT} x")
+    assert code == 2 and "curvtools collect: this needs" in err and "give a smaller --length" in err and "Traceback" not in err
 
 
 def test_a_full_disk_leaves_nothing(run, bad, monkeypatch):

@@ -658,7 +658,7 @@ def _text_args(p):
     p.add_argument("--length", type=_count, default=128, help="tokens a window (%(default)s)")
     p.add_argument("--tokens", type=_count, help="read no more than this many tokens, at least one window")
 
-_goes_on = "Ctrl-C ends with exit code 130; the model is as it was and no factors are written. With --snapshot, the same command again goes on from the last snapshot and writes the same factors, to the bit."
+_goes_on = "Ctrl-C ends with exit code 130; the model is as it was and no factors are written. With --snapshot, the sums of all whole batches are kept, and the same command again goes on from there and writes the same factors, to the bit."
 
 def _collect_args(p):
     "How a long collection is kept, and when it ends."

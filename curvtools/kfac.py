@@ -540,6 +540,7 @@ def _check_notes(meta) -> dict:
         if ((v := meta.get(k)) is not None or k == "basis" in meta) and (type(v) is not kind or kind is int and not 0 <= v < 2**63): raise ValueError(f"its notes say {k}={str(v)[:40]}")
     return meta
 
+# %% ../nbs/02_kfac.ipynb #5afe0001
 def _beside(path): n = os.fsencode(path.name); return path.name if len(n) < 200 else hashlib.blake2b(n, digest_size=8).hexdigest()   # how a folder beside it begins
 
 def save_tensors(path, # file to write
@@ -981,6 +982,14 @@ class _Run(_Sums):
         if state: self.n, self.done, self.most, self.skipped, self.checks = (state[k] for k in ("n", "done", "most", "skipped", "checks")); self.saved = state["read"]
         return state
     def save(self, path, whose): _write_snapshot(path, whose, self.sets, self.seen, self.state()); self.saved = self.read
+    @contextlib.contextmanager
+    def guarded(self, path, whose):
+        "No hook stays, and a Ctrl-C leaves a snapshot of all whole batches."
+        try: yield
+        except KeyboardInterrupt:
+            if path and self.whole and self.read > self.saved: self.save(path, whose)
+            raise
+        finally: _surely(*[h.remove for h in self.rec.handles])              # a Ctrl-C may have come before the recorder's own end began
     def batch(self, run, draw, skip): # draw() -> the batch, prepared
         "One batch into the sums, whole or not at all where skip is set. Returns whether it is in them."
         self.rec.A, self.rec.G = self.sets[self.n % len(self.sets)]
@@ -1050,13 +1059,9 @@ def _collect(model, stream, first, total, targets, labels, seed, tokens, chunk, 
     one = lambda drawn: _one_batch(rec, trunk, head, drawn, labels, chunk, run.read + 1, mc_samples * run.in_step)
     if run.in_step: stream, one = peers.in_step(stream, run, lambda: one(_idle(prepare(first)))), _whole_batch(one)
     try:
-        with _locked(path) if path else contextlib.nullcontext(), rec, tqdm(total=total, unit=" tok", unit_scale=True, desc="collect", disable=not progress, delay=1) as bar:
-            try: _passes(run, stream, bar, lambda b: _drawn(prepare(b), labels, seed, run.seen, mc_samples), one, on_nan == "skip", path, whose, every)
-            except KeyboardInterrupt:
-                if path and run.whole and run.read > run.saved: run.save(path, whose)
-                raise
+        with _locked(path) if path else contextlib.nullcontext(), run.guarded(path, whose), rec, tqdm(total=total, unit=" tok", unit_scale=True, desc="collect", disable=not progress, delay=1) as bar:
+            _passes(run, stream, bar, lambda b: _drawn(prepare(b), labels, seed, run.seen, mc_samples), one, on_nan == "skip", path, whose, every)
     except BaseException as e:
-        _surely(*[h.remove for h in rec.handles])                            # a Ctrl-C may have come before that began
         if peers and run.whole and on_interrupt == "return" and isinstance(e, KeyboardInterrupt): peers.reduce(run)
         part = finish() if run.whole and not isinstance(e, FloatingPointError) else None
         if isinstance(e, KeyboardInterrupt) and on_interrupt == "return" and part is not None: return part

@@ -561,7 +561,7 @@ def _put_back(pairs): # (tensor, what it shall hold)
     if failed: raise RuntimeError(f"{len(failed)} weights could not be put back ({type(failed[0]).__name__}: {failed[0]}): load the model again") from failed[0]
     if stop is not None: raise stop
 
-# %% ../nbs/00_targets.ipynb #13c34fdf
+# %% ../nbs/00_targets.ipynb #6uard001
 @contextlib.contextmanager
 def _unbroken():
     "A first Ctrl-C inside takes effect at the end; a second one at once. Only in the main thread, where signals arrive."
@@ -584,6 +584,7 @@ def _surely(*restore): # what may be done twice
         for f in restore: f()
         raise
 
+# %% ../nbs/00_targets.ipynb #13c34fdf
 def _pieces(flat, box=None): # bytes [n], on any device; what they pass through on the way to the CPU
     "The bytes as arrays; from a GPU 16 MB at a time, so that no memory is asked for but once."
     if flat.device.type == "cpu" and box is None: yield flat.numpy(); return

@@ -510,7 +510,7 @@ COLLECT = "collect lm --text text.txt --blocks -1 --length 32 --seed 3 --out"
 
 
 def test_a_cancelled_collect_goes_on(run, bad, monkeypatch):
-    "Ctrl-C after the second snapshot; the same command again gives the factors of a run without Ctrl-C, to the bit."
+    "Ctrl-C while the second snapshot is written; the same command again gives the factors of a run without Ctrl-C, to the bit."
     from curvtools import kfac
     assert run(f"{COLLECT} whole.safetensors")[0] == 0
     weights, real, n = (bad/"lm"/"model.safetensors").read_bytes(), kfac._write_snapshot, []
@@ -521,11 +521,11 @@ def test_a_cancelled_collect_goes_on(run, bad, monkeypatch):
     line = f"{COLLECT} again.safetensors --snapshot sums --every 256"
     code, _, err = run(line)
     assert code == 130 and err.strip().splitlines()[-1] == "cancelled; sums keeps what 496 tokens gave; the same command again goes on from there"
-    assert n == [1, 2] and not (bad/"again.safetensors").exists() and (bad/"lm"/"model.safetensors").read_bytes() == weights
+    assert sorted({*n}) == [1, 2] and not (bad/"again.safetensors").exists() and (bad/"lm"/"model.safetensors").read_bytes() == weights
     code, _, err = run(line.replace("--seed 3", "--seed 4"))
     assert code == 2 and "sums was made with another seed: 3 and not 4; give the options of then, or give this run another --snapshot" in err
     code, out, _ = run(line)
-    assert code == 0 and n == [1, 2] and "no longer needed: sums" in out
+    assert code == 0 and n[-1] == 2 and "no longer needed: sums" in out
     a, b = (kfac.Factors.load(bad/f"{k}.safetensors") for k in ("whole", "again"))
     assert all(torch.equal(a[k].A, b[k].A) and torch.equal(a[k].G, b[k].G) and a[k].count == b[k].count for k in a) and a.meta == b.meta
 

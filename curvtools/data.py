@@ -277,6 +277,7 @@ class image_batches:
         if x.numel() == 0: raise ValueError("There are no images: the data is empty.")
         if x.ndim != 4 or not x.is_floating_point(): raise ValueError(f"Images are a floating-point tensor [n, channels, height, width], not {x.dtype} {list(x.shape)}.")
         if self.labels is not None and self.labels.shape != x.shape[:1]: raise ValueError(f"labels have shape {list(self.labels.shape)}, but there are {len(x)} images.")
+        if self.labels is not None and (self.labels.is_floating_point() or self.labels.is_complex()): raise ValueError(f"labels are class indices, whole numbers, not {self.labels.dtype}.")
         if self.batch_size < 1: raise ValueError(f"batch_size must be 1 or more, not {batch_size}.")
     def __len__(self) -> int: return -(-len(self.pixel_values) // self.batch_size)
     def __iter__(self) -> Iterator[dict]:

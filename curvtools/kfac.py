@@ -274,6 +274,7 @@ def _accepts(model, what):
 
 def _text(batch, model, device, accepts): # accepts: does it take position_ids?
     "A batch of tokens -> (inputs, y [B, T-1], w [B, T-1], rows, real)."
+    if (reads := getattr(model, "main_input_name", "input_ids")) != "input_ids": raise ValueError(f"{type(model).__name__} reads {reads}, and this batch holds token ids; give dicts with {reads}, as image_batches makes them")
     batch = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)}
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     _check_ids(ids, model)

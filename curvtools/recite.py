@@ -47,6 +47,7 @@ def longest_run(
 # %% ../nbs/05_recite.ipynb #68d24a46
 def _check_model(model:Any):
     if not isinstance(model, nn.Module): raise TypeError(f"A loaded model is needed, not {type(model).__name__}.")
+    if (reads := getattr(model, "main_input_name", "input_ids")) != "input_ids": raise ValueError(f"{type(model).__name__} reads {reads} and writes no text: a causal language model is needed.")
 
 @contextmanager
 def _measuring(model:nn.Module):

@@ -773,4 +773,5 @@ def _parser() -> argparse.ArgumentParser:
 # %% ../nbs/12_vision.ipynb #4f17e217
 if __name__ == "__main__":
     a = _parser().parse_args()
-    make_vit(a.images, a.out, a.seed, a.smoke)
+    try: make_vit(a.images, a.out, a.seed, a.smoke)
+    except (OSError, ValueError) as e: raise SystemExit(f"curvtools.vision: {e}")

@@ -47,7 +47,8 @@ class Playground:
     twin: nn.Module|None = None # trained on the same stream without the plants
     plan: dict = field(default_factory=dict) # the edit that forgets at the lowest price: arguments of collect, and of keep (a list, joined)
     log: list = field(default_factory=list) # how training went: a dict for every evaluation
-    def factors(self, **kw) -> Factors: return collect(self.model, self.clean, **(dict(progress=False) | self.plan.get("collect", {}) | kw)) # from the clean text
+    def factors(self, **kw) -> Factors: # from the clean text; the plan's targets, or others
+        return collect(self.model, self.clean, **(dict(progress=False) | {k: v for k, v in self.plan.get("collect", {}).items() if "targets" not in kw or k not in ("blocks", "projections")} | kw))
     def edit(self, basis:Basis|None=None) -> Edit: return planned(self.factors().eigen(self.model, progress=False) if basis is None else basis, self.plan) # of the plan
     def yardstick(self, seed:int=0) -> dict: # arguments of `readout` and `sweep`
         "What states of this model are measured with: half of the passages seen 64 times or more, to choose on; the other half, to report; those never seen; held-out text; questions."
@@ -762,4 +763,5 @@ def _parser() -> argparse.ArgumentParser:
 # %% ../nbs/13_zoo.ipynb #09511e3f
 if __name__ == "__main__":
     a = _parser().parse_args()
-    make_lm(a.texts, a.out, a.seed, a.epochs, not a.no_twin, a.smoke)
+    try: make_lm(a.texts, a.out, a.seed, a.epochs, not a.no_twin, a.smoke)
+    except (OSError, ValueError) as e: raise SystemExit(f"curvtools.zoo: {e}")

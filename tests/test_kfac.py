@@ -649,3 +649,12 @@ def test_ctrl_c_before_the_guard_listens(at, monkeypatch):
     monkeypatch.setattr(signal, "getsignal", ctrl_c)
     with pytest.raises(KeyboardInterrupt): collect(model, [ids], progress=False)
     assert modes == [m.training for m in model.modules()] and flags == [p.requires_grad for p in model.parameters()] and not any(m._forward_hooks for m in model.modules())
+
+
+def test_text_is_not_for_a_classifier_of_images():
+    from curvtools.evaluate import perplexity
+    m, ids = tiny("vit"), torch.randint(3, V, (2, 5))
+    for f in (lambda: collect(m, [ids], progress=False), lambda: perplexity(m, ids)):
+        with pytest.raises(ValueError, match="ViTForImageClassification reads pixel_values"): f()
+    from curvtools.data import image_batches
+    with pytest.raises(ValueError, match="whole numbers, not torch.float32"): image_batches(torch.randn(2, 3, 8, 8), labels=[.7, 1.])

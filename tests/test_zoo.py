@@ -214,7 +214,7 @@ def test_loads_fast_and_offline(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", no)
     state = torch.random.get_rng_state()
     t = time.process_time(); pg = playground(); t = time.process_time() - t   # processor time: another job on the machine must not fail this
-    assert t < 3, f"{t:.1f} s"
+    assert t < 1, f"{t:.1f} s"                                                # .2 s; once a process transformers takes 3 s of its own to be imported
     assert torch.equal(state, torch.random.get_rng_state())
     assert not pg.model.training and {p.dtype for p in pg.model.parameters()} == {torch.float32}
     lines = repr(pg).splitlines()
@@ -361,3 +361,18 @@ def test_all_that_ships_fits_the_wheel():
         for f in sorted(LM.parent.rglob("*")):
             if f.is_file(): z.write(f, f.relative_to(LM.parent))
     assert buf.tell() <= 15e6, f"{buf.tell()/1e6:.1f} MB"
+
+
+def test_factors_of_other_targets_than_the_plans(pg):
+    "The projections of the plan belong to its own targets."
+    import dataclasses
+    small = dataclasses.replace(pg, clean=pg.clean[:2])
+    assert {t.target.projection for t in small.factors().values()} == {"q", "k", "v", "o"}
+    assert {t.target.projection for t in small.factors(targets="mlp").values()} == {"gate", "up", "down"}
+
+
+@pytest.mark.parametrize("module, how", [("zoo", ["train", "lm", "--texts"]), ("vision", ["--images"])])
+def test_a_recipe_without_its_data_says_so_in_one_line(module, how, tmp_path):
+    import subprocess, sys
+    r = subprocess.run([sys.executable, "-m", f"curvtools.{module}", *how, str(tmp_path/"absent"), "--out", str(tmp_path/"out")], capture_output=True, text=True)
+    assert r.returncode == 1 and "Traceback" not in r.stderr and f"curvtools.{module}: " in r.stderr and "absent" in r.stderr

@@ -321,11 +321,9 @@ def _travel(s:Session, here:list, there:list, empty:str) -> None:
     with s.lock:
         if not here: raise ValueError(f"nothing to {empty}")
         now, back, ahead = s.at, list(s.back), list(s.ahead)
-        there_now = here.pop()
-        keep_back, keep_ahead = list(s.back), list(s.ahead)
-        s.goto(there_now)
-        s.back[:], s.ahead[:] = keep_back, keep_ahead
-        there.append(now)
+        s.goto(here[-1])                                          # if that fails, both lists are as they were
+        s.back[:], s.ahead[:] = back, ahead
+        here.pop(); there.append(now)
 
 def _continuations(s:Session, passage:Passage) -> tuple: # ((ids, [(p, rank)]) of the original, of the edited or None)
     "What the model writes after the prefix, and how likely the true tokens were to it, without and with the edit in place; each computed once."
@@ -334,6 +332,17 @@ def _continuations(s:Session, passage:Passage) -> tuple: # ((ids, [(p, rank)]) o
         with s.original(): s.texts[passage, "original"] = look()
     if s.active and (passage, "edited") not in s.texts: s.texts[passage, "edited"] = look()
     return s.texts[passage, "original"], s.texts.get((passage, "edited")) if s.active else None
+
+# %% ../nbs/11_widgets.ipynb #5d0be7a1
+def _arrive(s:Session, go:Callable) -> None:
+    "Go to another state, and measure what is not known of it. If either fails or is cancelled, the state from before is back, and so is the way to and fro."
+    with s.lock, torch.inference_mode(), stoppable(s.model, s.cancel):
+        at, back, ahead = s.at, list(s.back), list(s.ahead)
+        try: go(); _measure_missing(s)
+        except BaseException:
+            if s.at != at: s.goto(at)
+            s.back[:], s.ahead[:] = back, ahead
+            raise
 
 # %% ../nbs/11_widgets.ipynb #1c328e02
 def _percent(m:Measure) -> str: return "{:.1f} %<br>[{:.1f}, {:.1f}]".format(*(100*x for x in (m.value, *m.interval())))
@@ -1130,15 +1139,20 @@ class Editor(_EditorControls):
         if self.c.live.value: _start(self, "live", lambda: self._apply(live=True))
         else: _draw_preview(self)
     def _apply(self, live=False): _apply_now(self, live)
-    def _go(self, way, *k):
-        try: getattr(self.session, way)(*k)
-        except BaseException: _try(self, lambda: _draw_state(self)); raise
-        with self.session.lock, torch.inference_mode(), stoppable(self.session.model, self.session.cancel): _measure_missing(self.session)
-        _code(self, {"undo": "session.undo()", "redo": "session.redo()", "reset": "session.reset()  # bit for bit"}.get(way, f"session.goto({k[0] if k else 0})")); line = self.line; _changed(self.session, by=self); _code(self, line)
+    def _go(self, way, *k): _visit(self, way, k)
     def _measure_on(self): _measure_on(self)
 
 # %% ../nbs/11_widgets.ipynb #d9f6b2bc
 _free = {"gradient ascent", "NPO"} # strength is a learning rate, not a share
+
+def _visit(p, way:str, k:tuple) -> None:
+    "Undo, redo, reset or goto, with the measurements that are missing there. On failure the panel shows the state from before."
+    s = p.session
+    with s.lock:
+        try: _arrive(s, lambda: getattr(s, way)(*k))
+        except BaseException: _try(p, lambda: _draw_state(p)); raise
+        _changed(s, by=p)
+    _code(p, {"undo": "session.undo()", "redo": "session.redo()", "reset": "session.reset()  # bit for bit"}.get(way, f"session.goto({k[0] if k else 0})"))
 
 def _knob(s:Session, method:str) -> str: return "rho" if method == "EK-FAC" and s.moments is None else "as it says" if method == "plan" else _methods(s)[method].knob
 

@@ -679,3 +679,28 @@ def test_a_plan_of_other_blocks(P):
     lab = Lab(**dict(P, plan=dict(keep=[dict(rho=.8, blocks=[1])])), factors=collect(P["model"], P["clean"], targets="mlp", blocks=[0, 2], progress=False)).wait(60)
     assert list(lab.editor.c.blocks.options) == [0, 2] and lab.editor.c.strength.value == .8
     lab.explorer.step(-1); assert lab.explorer.eigen.target.block == 0
+
+
+@pytest.mark.parametrize("way", ["undo", "redo", "reset", "visit"])
+def test_a_cancelled_move_goes_nowhere(s, monkeypatch, way):
+    import curvtools.widgets as w
+    ed, real, start = Editor(s), w.readout, threading.Event()
+    for r in (.9, .6, .3): ed.plan(rho=r).apply()
+    if way != "reset": ed.undo()
+    for k, x in enumerate(s.states): x.seen = x.seen if k in (0, s.at) else None   # as after "Measure on"
+    if way == "reset": monkeypatch.setattr(w, "_measure_missing", lambda s: s.look())
+    go = {"visit": lambda: setattr(ed.c.history, "value", 1)}.get(way) or getattr(ed.c, way).click
+    shown = lambda: (s.at, s.back, s.ahead, s.checksum(), ed.c.weights.value, ed.c.readout.value, ed.c.history.value)
+    before = json.dumps(shown())
+    def cancelled(*a, **kw): ed.c.cancel.click(); return real(*a, **kw)
+    for broken, says in ((cancelled, f"{way}: cancelled; the model is as it was"), (lambda *a, **kw: 1/0, "ZeroDivisionError")):
+        monkeypatch.setattr(w, "readout", broken)
+        go(); ed.wait(60)
+        assert says in text(ed.c.status) and json.dumps(shown()) == before
+    monkeypatch.setattr(w, "readout", real)
+    go(); ed.wait(60); assert s.checksum() != json.loads(before)[3] and "done" in text(ed.c.status) and s.now.seen is not None
+    monkeypatch.setattr(s, "goto", lambda k: 1/0)
+    there = list(s.back), list(s.ahead)
+    for f in (s.undo, s.redo):
+        with pytest.raises((ZeroDivisionError, ValueError)): f()
+        assert (s.back, s.ahead) == there

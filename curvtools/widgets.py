@@ -1220,21 +1220,29 @@ def _measure_code(s:Session) -> str:
     return f"readout({n['model']}, dict({sets}){more}, generate=False)"
 
 def _measure_on(p) -> None:
-    "Other passages to measure on: what was measured on the old ones is dropped, and the state in place is measured again."
-    _start(p, "measure again", lambda: (_measure_anew(p.session, p.c.seen.value, p.c.questions.value), _changed(p.session, by=p)))
+    "Other passages to measure on: what was measured on the old ones is dropped, and the state in place is measured again. If that fails, the box says what it said before."
+    def again():
+        try: _measure_anew(p.session, p.c.seen.value, p.c.questions.value, lambda *a: _step(p, *a))
+        except BaseException:
+            with p.session.lock, _quiet(p): p.c.seen.value = p.session.seen
+            raise
+        _changed(p.session, by=p)
+    _start(p, "measure again", again)
 
-def _measure_anew(s:Session, seen:int, questions:bool) -> None:
-    "On passages seen at least so often. If it fails or is cancelled, all is as before."
-    before, s.sample = s.sample, _sample(s, seen)
+# %% ../nbs/11_widgets.ipynb #5d0be7a3
+def _measure_anew(s:Session, seen:int, questions:bool, step:Callable=lambda *a: None) -> None:
+    "On passages seen at least so often, the control too where there was one. If it fails or is cancelled, all is as before."
+    before, s.sample, x = s.sample, _sample(s, seen), s.now
     try:
         with s.lock, torch.inference_mode(), stoppable(s.model, s.cancel):
-            with s.original(): first = s.look()
-            now = s.look(questions) if s.now.spec else None
+            with s.original():
+                step(0, 3, "measuring the original"); first = s.look()
+                if control := x.control: step(1, 3, "measuring the control"); control = _control(s, x.edit, questions)
+            if now := x.edit: step(2, 3, "measuring the edit"); now = s.look(questions)
     except BaseException: s.sample = before; raise
     s.cache.pop("methods", None); s.cache.pop("scale", None); s.cache.pop("bands", None); s.seen = seen
-    for x in s.states: x.seen = x.control = None
-    s.states[0].seen = first
-    if s.now.spec: s.now.seen = now
+    for y in s.states: y.seen, y.control = None, None if y.control is None else True   # True: measured again when it is visited
+    x.seen, x.control, s.states[0].seen = now, control, first
 
 # %% ../nbs/11_widgets.ipynb #659203fb
 def _draw_state(p) -> None:

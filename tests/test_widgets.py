@@ -704,3 +704,24 @@ def test_a_cancelled_move_goes_nowhere(s, monkeypatch, way):
     for f in (s.undo, s.redo):
         with pytest.raises((ZeroDivisionError, ValueError)): f()
         assert (s.back, s.ahead) == there
+
+
+def test_the_control_stays_when_other_passages_are_measured(P, monkeypatch):
+    import curvtools.widgets as w
+    lab = Lab(Session(**P).load()); ed, s, real = lab.show("editor"), lab.session, w.readout
+    for r in (.9, .6): ed.plan(rho=r, blocks=[0, 1, 2]).apply()
+    ed.c.control.value = False; ed.plan(rho=.5).apply(); ed.undo()
+    ed.c.seen.value = 0; lab.wait(60)
+    n = lambda r: r["memorised.strict"].n
+    assert "control: the same in random directions" in text(ed.c.readout) and n(s.now.control) == n(s.now.seen) == 12
+    assert [(r["state"], r["control"]) for r in ed.data["frontier"]] == [(0, False), (2, False), (2, True)] and [h["control"] for h in lab.state["history"]] == [True, True, False]
+    assert "control" in lab.show("spectrum").c.bars.value
+    ed.visit(1); assert "control: the same" in text(ed.c.readout) and [r["state"] for r in ed.data["frontier"] if r["control"]] == [1, 2]
+    calls, before = [], (s.sample, s.now.seen, s.now.control, ed.c.readout.value)
+    def cancelled(*a, **kw):
+        calls.append(1)
+        if len(calls) == 2: ed.c.cancel.click()                   # while the control is measured
+        return real(*a, **kw)
+    monkeypatch.setattr(w, "readout", cancelled)
+    ed.c.seen.value = 64; lab.wait(60)
+    assert "measure again: cancelled" in text(ed.c.status) and ed.c.seen.value == s.seen == 0 and before == (s.sample, s.now.seen, s.now.control, ed.c.readout.value)

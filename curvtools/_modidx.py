@@ -1429,6 +1429,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'curvtools.widgets.Editor.redo': ('widgets.html#editor.redo', 'curvtools/widgets.py'),
                                    'curvtools.widgets.Editor.reset': ('widgets.html#editor.reset', 'curvtools/widgets.py'),
                                    'curvtools.widgets.Editor.settle': ('widgets.html#editor.settle', 'curvtools/widgets.py'),
+                                   'curvtools.widgets.Editor.slow': ('widgets.html#editor.slow', 'curvtools/widgets.py'),
                                    'curvtools.widgets.Editor.spec': ('widgets.html#editor.spec', 'curvtools/widgets.py'),
                                    'curvtools.widgets.Editor.undo': ('widgets.html#editor.undo', 'curvtools/widgets.py'),
                                    'curvtools.widgets.Editor.visit': ('widgets.html#editor.visit', 'curvtools/widgets.py'),

@@ -1107,6 +1107,8 @@ class _EditorControls(Panel):
 # %% ../nbs/11_widgets.ipynb #02570cb2
 class Editor(_EditorControls):
     "Plan an edit, apply it, read what it did, undo; every state stays."
+    acts = (*Panel.acts, "measure on")
+    def slow(self, what): return what != "measure on" and not (what == "strength" and self.c.live.value) and super().slow(what)   # these begin a worker themselves
     def fill(self):
         s, c = self.session, self.c
         blocks, projections = sorted({t.block for t in s.targets}), list(dict.fromkeys(t.projection for t in s.targets))

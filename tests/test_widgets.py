@@ -725,3 +725,22 @@ def test_the_control_stays_when_other_passages_are_measured(P, monkeypatch):
     monkeypatch.setattr(w, "readout", cancelled)
     ed.c.seen.value = 64; lab.wait(60)
     assert "measure again: cancelled" in text(ed.c.status) and ed.c.seen.value == s.seen == 0 and before == (s.sample, s.now.seen, s.now.control, ed.c.readout.value)
+
+
+def test_a_large_model_is_measured_on_other_passages_too(lab, monkeypatch):
+    ed = lab.show("editor").plan(rho=.5).apply()
+    monkeypatch.setattr(Panel, "slow", lambda p, what: True)
+    ed.c.seen.value = 0; lab.wait(60)
+    assert lab.session.seen == 0 and "memorised (n = 12)" in text(ed.c.readout)
+    ed.c.live.value = True; ed.undo(); ed.c.strength.value = .3; lab.wait(60)
+    assert lab.session.now.spec["strength"] == .3
+
+
+def test_measure_on_is_done_after_what_runs(lab, monkeypatch):
+    import curvtools.widgets as w
+    ed, go, started, real = lab.show("editor"), threading.Event(), threading.Event(), w.readout
+    monkeypatch.setattr(w, "readout", lambda *a, **kw: (started.set(), go.wait(30), real(*a, **kw))[2])
+    ed.c.apply.click(); started.wait(30)
+    ed.c.seen.value = 0; assert "Busy" in text(ed.c.status)
+    go.set(); lab.wait(60)
+    assert lab.session.seen == ed.c.seen.value == 0 and "memorised (n = 12)" in text(ed.c.readout)

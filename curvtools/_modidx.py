@@ -1681,6 +1681,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'curvtools.widgets._travel': ('widgets.html#_travel', 'curvtools/widgets.py'),
                                    'curvtools.widgets._try': ('widgets.html#_try', 'curvtools/widgets.py'),
                                    'curvtools.widgets._two_halves': ('widgets.html#_two_halves', 'curvtools/widgets.py'),
+                                   'curvtools.widgets._unmeasured': ('widgets.html#_unmeasured', 'curvtools/widgets.py'),
                                    'curvtools.widgets._value': ('widgets.html#_value', 'curvtools/widgets.py'),
                                    'curvtools.widgets._visible_lines': ('widgets.html#_visible_lines', 'curvtools/widgets.py'),
                                    'curvtools.widgets._visit': ('widgets.html#_visit', 'curvtools/widgets.py'),

@@ -375,6 +375,10 @@ def readout_html(
     return (f'<div style="overflow-x:auto"><table style="line-height:1.4;border-collapse:collapse;font-variant-numeric:tabular-nums"><thead><tr>{tag("th", "measured", " scope=col")}{head}</tr></thead>'
             f'<tbody>{"".join(f"<tr>{row(n)}</tr>" for n in names)}</tbody></table></div><div style="font-size:12px;line-height:1.4">95 % intervals in brackets; strict is teacher-forced; ×: relative to the original on the same windows; kept: beyond chance, on the same questions.</div>')
 
+def _unmeasured(s:Session) -> str: # HTML
+    "Which state is in the model, and how to have it measured."
+    return f"Now: {html.escape(s.now.name)}. This state is not measured yet: in the Editor's history choose another one, then this one again; or call visit({s.at}) of the Editor."
+
 def _columns(s:Session) -> dict:
     "The original, the state in place and its control."
     now, out = s.now, {"original": _measures(s, s.states[0].seen)}
@@ -1257,7 +1261,7 @@ def _draw_state(p) -> None:
         c.history.options = [(f"{k}: {x.name}", k) for k, x in enumerate(s.states)]
         c.history.value = s.at
     c.undo.disabled, c.redo.disabled, c.reset.disabled = not s.back, not s.ahead, not s.active
-    if s.states[0].seen is not None: c.readout.value = readout_html(_columns(s))
+    if s.states[0].seen is not None: c.readout.value = readout_html(_columns(s)) + (f'<div style="line-height:1.4">{_unmeasured(s)}</div>' if s.active and s.now.seen is None else "")
     _draw_frontier(p)
 
 def _frontier_rows(s:Session) -> list:
@@ -1341,7 +1345,8 @@ def _behaviour_rows(s:Session) -> list: # label, group, value, low, high, n
 # %% ../nbs/11_widgets.ipynb #16b7798c
 def _draw_bars(p) -> None:
     s = p.session
-    if not s.now.spec or s.now.seen is None: p.c.note.value, p.c.bars.value = "The original weights are in the model: apply an edit in the Editor, and see here what it keeps of each behaviour.", ""; return
+    if not s.now.spec: p.c.note.value, p.c.bars.value = "The original weights are in the model: apply an edit in the Editor, and see here what it keeps of each behaviour.", ""; return
+    if s.now.seen is None: p.c.note.value, p.c.bars.value = _unmeasured(s), ""; return
     rows = _behaviour_rows(s)
     if not rows: p.c.note.value, p.c.bars.value = "Nothing that the original could do was measured: give passages that it recites, or questions that it answers.", ""; return
     more = "" if getattr(s.now.seen, "answers", 1) is not None else " The questions were not asked for this state."

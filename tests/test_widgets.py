@@ -744,3 +744,15 @@ def test_measure_on_is_done_after_what_runs(lab, monkeypatch):
     ed.c.seen.value = 0; assert "Busy" in text(ed.c.status)
     go.set(); lab.wait(60)
     assert lab.session.seen == ed.c.seen.value == 0 and "memorised (n = 12)" in text(ed.c.readout)
+
+
+def test_a_state_that_is_not_measured_says_so(lab):
+    s, sp = lab.session, lab.show("spectrum")
+    assert "The original weights are in the model" in text(sp.c.note)
+    for r in (.5, .9): lab.editor.plan(rho=r).apply()
+    lab.editor.c.seen.value = 0; lab.wait(60)
+    s.undo(); sp.redraw()
+    assert s.at == 1 and "rho 0.5" in text(sp.c.note) and "not measured yet" in text(sp.c.note) and "original" not in text(sp.c.note) and not sp.c.bars.value
+    assert "not measured yet" in text(lab.show("editor").redraw().c.readout)
+    lab.editor.visit(1); lab.show("spectrum")
+    assert "Shares above chance" in text(sp.c.note) and "not measured yet" not in text(lab.editor.c.readout)

@@ -1615,6 +1615,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'curvtools.widgets._knob': ('widgets.html#_knob', 'curvtools/widgets.py'),
                                    'curvtools.widgets._lab_state': ('widgets.html#_lab_state', 'curvtools/widgets.py'),
                                    'curvtools.widgets._last_word': ('widgets.html#_last_word', 'curvtools/widgets.py'),
+                                   'curvtools.widgets._limits': ('widgets.html#_limits', 'curvtools/widgets.py'),
                                    'curvtools.widgets._listed_as': ('widgets.html#_listed_as', 'curvtools/widgets.py'),
                                    'curvtools.widgets._load': ('widgets.html#_load', 'curvtools/widgets.py'),
                                    'curvtools.widgets._load_all': ('widgets.html#_load_all', 'curvtools/widgets.py'),

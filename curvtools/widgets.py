@@ -119,7 +119,7 @@ class _History:
     @property
     def targets(self) -> list: return [e.target for e in self.basis.values()]
     @property
-    def curvature_data(self) -> Any: return self.playground.batches(some_of(self.playground.clean.tolist(), self.collect_on//8)) if self.kind == "vit" else _first(self.clean, self.collect_on)
+    def curvature_data(self) -> Any: return self.playground.batches(some_of(self.playground.clean.tolist(), max(1, self.collect_on//8))) if self.kind == "vit" else _first(self.clean, self.collect_on)
     def load(self, tell=lambda *a: None) -> Any: _load(self, tell); return self
     @_in_lane
     def checksum(self) -> str: return checksum(self.model, self.targets)
@@ -156,11 +156,11 @@ class Session(_History):
         passages:int=100, tokens:int=4096, questions:int=60, # to measure on: of each set, held-out tokens, of each family
         collect_on:int=16384, # tokens of clean text (or images / 8)
     ):
+        self.limits = _limits(passages=passages, tokens=tokens, questions=questions, collect_on=collect_on)
         given = dict(model=model, tokenizer=tokenizer, clean=clean, heldout=heldout, memorized=memorized, unseen=unseen, tasks=tasks, plan=plan)
         self.kind, self.playground, self.names = getattr(playground, "kind", "lm"), playground, {k: f"pg.{k}" if playground is not None and v is None else k for k, v in given.items()}
         for k, v in _parts(playground, given, factors).items(): setattr(self, k, v)
         self.factors, self.given, self.collect_on = factors, factors is not None, collect_on
-        self.limits = dict(passages=passages, tokens=tokens, questions=questions)
         self.lock, self.cancel = threading.RLock(), threading.Event()
         self.basis = self.handle = self.moments = self.top = None        # basis; the edit in place; for EK-FAC; for nDCG
         self.states, self.at, self.back, self.ahead = [State("original")], 0, [], []
@@ -178,6 +178,12 @@ class _Numbers:
     def __call__(self, text, **kw):
         try: return dict(input_ids=[int(x) for x in text.split()])
         except ValueError: raise ValueError("without a tokenizer, write token ids: numbers with spaces between them; or pass tokenizer=") from None
+
+def _limits(**kw) -> dict:
+    "The same; ValueError for one that leaves nothing to measure on."
+    for k, n in kw.items():
+        if n < 1: raise ValueError(f"{k}={n!r}: at least 1 is needed; leave it out for the usual number")
+    return kw
 
 def _parts(playground:Any, given:dict, factors:Any) -> dict:
     "Model and data from the playground, what is given by name first. ValueError if there is too little."

@@ -756,3 +756,9 @@ def test_a_state_that_is_not_measured_says_so(lab):
     assert "not measured yet" in text(lab.show("editor").redraw().c.readout)
     lab.editor.visit(1); lab.show("spectrum")
     assert "Shares above chance" in text(sp.c.note) and "not measured yet" not in text(lab.editor.c.readout)
+
+
+@pytest.mark.parametrize("name", ["passages", "tokens", "questions", "collect_on"])
+def test_a_limit_of_none_is_refused(P, name):
+    for n in (0, -3):
+        with pytest.raises(ValueError, match=f"{name}={n}: at least 1"): Lab(**P, **{name: n})

@@ -997,12 +997,13 @@ class Probe(_ProbeControls):
 _longest = 20_000 # characters of a pasted text that are read
 
 def _pasted(p) -> Passages: # one passage, or none
-    "The pasted text as one passage, cut where the model's context ends."
+    "The pasted text as one passage, cut where the model's context ends; its label says so then."
     s, text = p.session, p.c.pasted.value[:_longest].encode("utf-8", "replace").decode("utf-8")
     if not text.strip(): return Passages()
-    ids = tuple(s.tokenizer(text)["input_ids"])[:_context(s, 256)]
+    every = tuple(s.tokenizer(text)["input_ids"]); ids = every[:_context(s, 256)]
     if len(ids) < 2: raise ValueError("your text is one token: two or more are needed, a prefix and what should follow")
-    return Passages([Passage(ids[:len(ids)//2], ids[len(ids)//2:], label="your text")])
+    cut = len(ids) < len(every) or len(p.c.pasted.value) > _longest
+    return Passages([Passage(ids[:len(ids)//2], ids[len(ids)//2:], label="your text" + (f" (only the first {len(ids)} tokens are read)" if cut else ""))])
 
 def _set_of(p) -> Passages:
     "The set of passages that is chosen."
@@ -1040,7 +1041,7 @@ def _draw_passage(p) -> None:
     about = ", ".join(filter(None, [x.label, x.source, x.kind, f"seen {x.count or x.tier} times" if x.tier else "" if c.which.value == "your text" else "never seen in training"]))
     (before, facts), after = s.continuations(x)
     c.text.value = f"<div>Passage {k} of {len(p.passages)}: {html.escape(_visible(about))}</div>{side_by_side(s.tokenizer, x, before, after and after[0], facts=(facts, after and after[1]))}"
-    c.numbers.value = _scrolled(_numbers(s, x, before, after), "tokens right: each after the true ones, where the text above goes on by itself; (100, .5): would 100 samples hold the suffix with a chance of one half; p_z: its probability in one sample")
+    c.numbers.value = _scrolled(*_numbers(s, x, before, after))
     name = f"{s.names['memorized' if c.which.value == 'memorised' else 'unseen']}{_where(c)}[{k - 1}]" if c.which.value != "your text" else f"Passage({x.prefix}, {x.suffix})"
     same = len(x.prefix) == len(p.passages[k - 1].prefix)
     _code(p, f"p = {name}\n" + ("" if same or c.which.value == "your text" else f"p = Passage(p.ids[:{c.split.value}], p.ids[{c.split.value}:])\n") + f"recite({s.names['model']}, Passages([p])).show(0, tokenizer)")
@@ -1049,13 +1050,14 @@ def _where(c) -> str:
     filters = ", ".join(f"{k}={getattr(c, k).value!r}" for k in ("tier", "kind") if getattr(c, k).value)
     return f".where({filters})" if filters else ""
 
-def _numbers(s:Session, x:Passage, before:Any, after:Any) -> list:
-    "One row for the original, one for the edit in place."
+def _numbers(s:Session, x:Passage, before:Any, after:Any) -> tuple: # rows, note
+    "One row for the original, one for the edit in place; and what the columns mean."
     with s.original(): rows = [("original", recite(s.model, Passages([x]), progress=False))]
     if after is not None: rows.append(("edited", recite(s.model, Passages([x]), progress=False)))
-    yes = lambda b: "yes" if b else "no"
+    yes, how = lambda b: "yes" if b else "no", rows[0][1].sampler
+    note = f"tokens right: each after the true ones, where the text above goes on by itself; p_z: probability of the suffix in one sample (temperature {how['temperature']:g}, top {how['top_k']}); (100, .5): would 100 such samples hold it with a chance of one half"
     return [{"weights": n, "strict": yes(r.rows[0]["strict"]), "loose": yes(r.rows[0]["loose"]), "lev": f"{r.rows[0]['lev']:.3f}", "longest run": r.rows[0]["run"], "tokens right": f"{r.rows[0]['right']} of {r.rows[0]['L']}",
-             "p_z": f"{math.exp(r.logp[0]):.2g}" if r.logp[0] > -200 else f"e^{r.logp[0]:.0f}", "(100, .5)": yes(hit_probability(r.logp[0], 100) >= .5)} for n, r in rows]
+             "p_z": f"{math.exp(r.logp[0]):.2g}" if r.logp[0] > -200 else f"e^{r.logp[0]:.0f}", "(100, .5)": yes(hit_probability(r.logp[0], 100) >= .5)} for n, r in rows], note
 
 def _next_recited(p) -> None:
     "On to the next passage that is recited now, from the beginning again after the last; ValueError if there is none."

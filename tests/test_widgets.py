@@ -762,3 +762,15 @@ def test_a_state_that_is_not_measured_says_so(lab):
 def test_a_limit_of_none_is_refused(P, name):
     for n in (0, -3):
         with pytest.raises(ValueError, match=f"{name}={n}: at least 1"): Lab(**P, **{name: n})
+
+
+def test_a_cut_text_and_the_sampler_are_named(lab, P, monkeypatch):
+    import curvtools.widgets as w
+    p, says = lab.show("probe").paste("a"*64), "only the first"
+    assert "your text" in text(p.c.text) and says not in text(p.c.text)
+    assert f"your text ({says} 64 tokens are read)" in text(p.paste("a"*65).c.text)
+    monkeypatch.setattr(w, "_longest", 30); assert f"{says} 30 tokens" in text(p.paste("a"*31).c.text)
+    x, m = p.read(0, which="memorised", tier=64).passage, P["model"]
+    by_hand = lambda k: sum(torch.log_softmax(torch.where(z >= z.topk(k).values[-1], z, -torch.inf), -1)[t].item() for z, t in zip(m(input_ids=torch.tensor([x.ids])).logits[0, 7:-1].double(), x.suffix))
+    how = recite(m, Passages([x])).sampler; assert how == dict(temperature=1., top_k=40) and recite(m, Passages([x])).logp[0] == pytest.approx(by_hand(40), abs=1e-4)
+    assert "in one sample (temperature 1, top 40)" in text(p.c.numbers) and f"{2.718281828459045**by_hand(40):.2g}" in text(p.c.numbers)

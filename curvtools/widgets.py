@@ -7,7 +7,7 @@ __all__ = ['trained', 'checksum', 'Cancelled', 'stoppable', 'some_of', 'Sorted',
            'preview_html', 'Snapshot', 'Panel', 'Explorer', 'Probe', 'Editor', 'Spectrum', 'Lens', 'Lab']
 
 # %% ../nbs/11_widgets.ipynb #c1a9d65b
-import csv, hashlib, html, itertools, json, math, random, threading, time, traceback
+import atexit, csv, hashlib, html, itertools, json, math, random, threading, time, traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -516,17 +516,30 @@ def _start(p, what:str, f:Callable) -> None:
         torch.set_num_threads(threads)
         try: _run(p, what, f)
         finally:
-            s.job = ""
-            s.cancel.clear()
-            if s.basis is not None: [_enable(q, True) for q in list(s.panels)]
-            _show_job(p)
-            for q in list(s.panels):
-                missed, q.missed = q.missed, {}
-                if q.late: _guard(q, "redraw", q.catch_up)()
-                for name, g in missed.items(): _guard(q, name, g)()
-                _last_word(q)
-    s.thread = threading.Thread(target=work, daemon=True, name=f"curvtools: {what}")
-    s.thread.start()
+            try: _job_done(p)
+            finally: atexit.unregister(leave)
+    s.thread = t = threading.Thread(target=work, daemon=True, name=f"curvtools: {what}")
+    leave = atexit.register(lambda: _leave(s, t))
+    t.start()
+
+def _job_done(p) -> None:
+    "What was put off while it ran."
+    s = p.session
+    s.job = ""
+    s.cancel.clear()
+    if s.basis is not None: [_enable(q, True) for q in list(s.panels)]
+    _show_job(p)
+    for q in list(s.panels):
+        missed, q.missed = q.missed, {}
+        if q.late: _guard(q, "redraw", q.catch_up)()
+        for name, g in missed.items(): _guard(q, name, g)()
+        _last_word(q)
+
+def _leave(s:Session, t:threading.Thread, most:float=60) -> None:
+    "When the interpreter ends: cancel what runs and wait for it, as PyTorch aborts the process if it is ended inside of it."
+    end = time.monotonic() + most
+    s.panels.clear()                                              # nothing is drawn any more
+    while (t.is_alive() or s.thread.is_alive()) and time.monotonic() < end: s.cancel.set(); (t if t.is_alive() else s.thread).join(.05)
 
 # %% ../nbs/11_widgets.ipynb #537dbdee
 def _move(p, box:Any, to:int) -> None:

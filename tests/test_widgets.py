@@ -3,9 +3,12 @@ import csv
 import gc
 import html
 import json
+import os
 import random
 import re
 import resource
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -774,3 +777,10 @@ def test_a_cut_text_and_the_sampler_are_named(lab, P, monkeypatch):
     by_hand = lambda k: sum(torch.log_softmax(torch.where(z >= z.topk(k).values[-1], z, -torch.inf), -1)[t].item() for z, t in zip(m(input_ids=torch.tensor([x.ids])).logits[0, 7:-1].double(), x.suffix))
     how = recite(m, Passages([x])).sampler; assert how == dict(temperature=1., top_k=40) and recite(m, Passages([x])).logp[0] == pytest.approx(by_hand(40), abs=1e-4)
     assert "in one sample (temperature 1, top 40)" in text(p.c.numbers) and f"{2.718281828459045**by_hand(40):.2g}" in text(p.c.numbers)
+
+
+def test_a_script_may_end_while_the_lab_collects():
+    code = "import time; from curvtools.widgets import Lab; from curvtools.zoo import playground; lab = Lab(playground(), collect_on=10**6)\nwhile lab.explorer.c.bar.value < 2: time.sleep(.01)\nprint(time.time())"
+    r = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1", PYTHONPATH=os.pathsep.join(sys.path)))
+    assert r.returncode == 0 and not r.stderr, r.stderr
+    assert time.time() - float(r.stdout) < 20                     # after the batch it is at

@@ -7,7 +7,7 @@ __all__ = ['trained', 'checksum', 'Cancelled', 'stoppable', 'some_of', 'Sorted',
            'preview_html', 'Snapshot', 'Panel', 'Explorer', 'Probe', 'Editor', 'Spectrum', 'Lens', 'Lab']
 
 # %% ../nbs/11_widgets.ipynb #c1a9d65b
-import atexit, csv, hashlib, html, itertools, json, math, random, threading, time, traceback
+import atexit, csv, gc, hashlib, html, itertools, json, math, random, threading, time, traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -24,7 +24,7 @@ from traitlets import TraitError
 from . import __version__
 from .data import Passage, Passages, Windows
 from .decompose import eigen
-from .edit import planned
+from .edit import Applied, planned
 from .evaluate import bands, halves, memory_score, top_tokens
 from .kfac import collect
 from .plots import (band_energy, band_lines, bars, dark_css, frontier, heat_strip, image_grid, img, kept_region, mass_curve, overlap,
@@ -166,10 +166,20 @@ class Session(_History):
         self.states, self.at, self.back, self.ahead = [State("original")], 0, [], []
         self.job, self.thread, self.panels, self.texts, self.cache = "", None, [], {}, {}
         self.lost = None                                           # why a state could not be restored, until someone was told
+        self.found = []                                            # titles of edits that others had in the model at `load`
         self.size = sum(p.numel() for p in self.model.parameters())
         self.seen = next((t for t in sorted({p.tier for p in self.memorized}) if t >= 64), 0)  # measured on passages seen at least so often
         self.sample = _sample(self, self.seen)
     def __repr__(self): return f"Session: {type(self.model).__name__}, " + ("no curvature yet" if self.basis is None else f"{len(self.basis)} matrices") + f", {len(self.states)} states, now {self.now.name!r}"
+
+# %% ../nbs/11_widgets.ipynb #5d0be7a4
+def _edits_in(model:Any) -> list: # Applied
+    "The edits that are in this model, whoever made them, as long as their handles live. Looks through all objects, which takes a fifth of a second."
+    return [x for x in gc.get_objects() if type(x) is Applied and getattr(x, "active", False) and x.model is model]
+
+def _found_note(p, what:str) -> None:
+    "Once, when that is done: this Lab begins from weights that hold an edit."
+    if found := p.session.found: p.word = f"{what}: done. The model held an edit already, so this Lab does not begin from the original: {'; '.join(found)}. The Editor says more."
 
 # %% ../nbs/11_widgets.ipynb #de7fb554
 class _Numbers:
@@ -214,7 +224,8 @@ def _load(s:Session, tell:Callable) -> None:
             tell(done, total, f"decomposing {name}")
         s.basis = eigen(s.factors, s.model, progress=False, each=each)
         for e in s.basis.values(): e.C                             # coefficients of the original weights, while they are in the model
-        s.checked = checksum(s.model, s.targets)
+        s.checked, s.found = checksum(s.model, s.targets), [x.edit._title() for x in _edits_in(s.model)]   # our own was taken out just now
+        s.states[0].name = "as found" if s.found else "original"
         tell(0, 1, "measuring the original")
         s.states[0].seen = s.look()
 
@@ -386,8 +397,8 @@ def _unmeasured(s:Session) -> str: # HTML
     return f"Now: {html.escape(s.now.name)}. This state is not measured yet: in the Editor's history choose another one, then this one again; or call visit({s.at}) of the Editor."
 
 def _columns(s:Session) -> dict:
-    "The original, the state in place and its control."
-    now, out = s.now, {"original": _measures(s, s.states[0].seen)}
+    "The original (or what was found), the state in place and its control."
+    now, out = s.now, {s.states[0].name: _measures(s, s.states[0].seen)}
     if now.spec and now.seen: out[f"now: {now.name}"] = _measures(s, now.seen)
     if now.control not in (None, True): out["control: the same in random directions"] = _measures(s, now.control)
     return out
@@ -676,6 +687,7 @@ class Panel(_View):
 def _load_all(p) -> None:
     "Under one lock, so that nobody meets panels that are not filled yet."
     with p.session.lock: p.session.load(lambda *a: _tell(p, *a)); _changed(p.session, True)
+    _found_note(p, "curvature")
 
 def _show_first(p) -> None:
     with p.session.lock: _try(p, lambda: _fill(p))
@@ -1053,7 +1065,7 @@ def _draw_passage(p) -> None:
     x, k = p.passage, c.index.value
     about = ", ".join(filter(None, [x.label, x.source, x.kind, f"seen {x.count or x.tier} times" if x.tier else "" if c.which.value == "your text" else "never seen in training"]))
     (before, facts), after = s.continuations(x)
-    c.text.value = f"<div>Passage {k} of {len(p.passages)}: {html.escape(_visible(about))}</div>{side_by_side(s.tokenizer, x, before, after and after[0], facts=(facts, after and after[1]))}"
+    c.text.value = f"<div>Passage {k} of {len(p.passages)}: {html.escape(_visible(about))}</div>{side_by_side(s.tokenizer, x, before, after and after[0], labels=(s.states[0].name, 'edited'), facts=(facts, after and after[1]))}"
     c.numbers.value = _scrolled(*_numbers(s, x, before, after))
     name = f"{s.names['memorized' if c.which.value == 'memorised' else 'unseen']}{_where(c)}[{k - 1}]" if c.which.value != "your text" else f"Passage({x.prefix}, {x.suffix})"
     same = len(x.prefix) == len(p.passages[k - 1].prefix)
@@ -1065,7 +1077,7 @@ def _where(c) -> str:
 
 def _numbers(s:Session, x:Passage, before:Any, after:Any) -> tuple: # rows, note
     "One row for the original, one for the edit in place; and what the columns mean."
-    with s.original(): rows = [("original", recite(s.model, Passages([x]), progress=False))]
+    with s.original(): rows = [(s.states[0].name, recite(s.model, Passages([x]), progress=False))]
     if after is not None: rows.append(("edited", recite(s.model, Passages([x]), progress=False)))
     yes, how = lambda b: "yes" if b else "no", rows[0][1].sampler
     note = f"tokens right: each after the true ones, where the text above goes on by itself; p_z: probability of the suffix in one sample (temperature {how['temperature']:g}, top {how['top_k']}); (100, .5): would 100 such samples hold it with a chance of one half"
@@ -1169,9 +1181,7 @@ class Editor(_EditorControls):
     def _go(self, way, *k): _visit(self, way, k)
     def _measure_on(self): _measure_on(self)
 
-# %% ../nbs/11_widgets.ipynb #d9f6b2bc
-_free = {"gradient ascent", "NPO"} # strength is a learning rate, not a share
-
+# %% ../nbs/11_widgets.ipynb #5d0be7a7
 def _visit(p, way:str, k:tuple) -> None:
     "Undo, redo, reset or goto, with the measurements that are missing there. On failure the panel shows the state from before."
     s = p.session
@@ -1180,6 +1190,9 @@ def _visit(p, way:str, k:tuple) -> None:
         except BaseException: _try(p, lambda: _draw_state(p)); raise
         _changed(s, by=p)
     _code(p, {"undo": "session.undo()", "redo": "session.redo()", "reset": "session.reset()  # bit for bit"}.get(way, f"session.goto({k[0] if k else 0})"))
+
+# %% ../nbs/11_widgets.ipynb #d9f6b2bc
+_free = {"gradient ascent", "NPO"} # strength is a learning rate, not a share
 
 def _knob(s:Session, method:str) -> str: return "rho" if method == "EK-FAC" and s.moments is None else "as it says" if method == "plan" else _methods(s)[method].knob
 
@@ -1256,6 +1269,17 @@ def _measure_on(p) -> None:
         _changed(p.session, by=p)
     _start(p, "measure again", again)
 
+# %% ../nbs/11_widgets.ipynb #5d0be7a6
+def _which_weights(s:Session) -> str: # HTML
+    "Which weights are in the model: the original bit for bit, what this Lab found instead, an edit, or what someone else made of them meanwhile."
+    now, found = s.checksum(), html.escape("; ".join(s.found))
+    if s.active: what = f"<b>edited</b> ({html.escape(s.now.name)})" + (f", on top of what this Lab found: {found}" if found else "")
+    elif now != s.checked: what = "<b>changed by others</b> since this Lab looked at them first"
+    elif found: what = f"<b>as this Lab found them</b>, with an edit in place already: {found}. To begin from the original, undo it (in the other Lab: Reset) and run this cell again"
+    else: what = "<b>original</b>"
+    same = f"at the start {s.checked}" if now != s.checked else "same as at the start" + (": bit for bit the original" if not found else "")
+    return f"{what}; checksum <code>{now}</code>, {same}"
+
 # %% ../nbs/11_widgets.ipynb #5d0be7a3
 def _measure_anew(s:Session, seen:int, questions:bool, step:Callable=lambda *a: None) -> None:
     "On passages seen at least so often, the control too where there was one. If it fails or is cancelled, all is as before."
@@ -1275,9 +1299,7 @@ def _measure_anew(s:Session, seen:int, questions:bool, step:Callable=lambda *a: 
 def _draw_state(p) -> None:
     "All that depends on which weights are in the model."
     s, c = p.session, p.c
-    now = s.checksum()
-    same = "same as at the start: bit for bit the original" if now == s.checked else f"at the start {s.checked}"
-    c.weights.value = f'<div style="line-height:1.4">Weights: {"<b>edited</b> (" + html.escape(s.now.name) + ")" if s.active else "<b>original</b>"}; checksum <code>{now}</code>, {same}.</div>'
+    c.weights.value = f'<div style="line-height:1.4">Weights: {_which_weights(s)}.</div>'
     with _quiet(p):
         c.history.options = [(f"{k}: {x.name}", k) for k, x in enumerate(s.states)]
         c.history.value = s.at
@@ -1366,7 +1388,7 @@ def _behaviour_rows(s:Session) -> list: # label, group, value, low, high, n
 # %% ../nbs/11_widgets.ipynb #16b7798c
 def _draw_bars(p) -> None:
     s = p.session
-    if not s.now.spec: p.c.note.value, p.c.bars.value = "The original weights are in the model: apply an edit in the Editor, and see here what it keeps of each behaviour.", ""; return
+    if not s.now.spec: p.c.note.value, p.c.bars.value = f"The {'weights as this Lab found them' if s.found else 'original weights'} are in the model: apply an edit in the Editor, and see here what it keeps of each behaviour.", ""; return
     if s.now.seen is None: p.c.note.value, p.c.bars.value = _unmeasured(s), ""; return
     rows = _behaviour_rows(s)
     if not rows: p.c.note.value, p.c.bars.value = "Nothing that the original could do was measured: give passages that it recites, or questions that it answers.", ""; return
@@ -1476,7 +1498,7 @@ def _draw_lens(p) -> None:
     after = _flat_shares(p, ids, "edited")[0] if s.active else None
     words, low, high = token_texts(s.tokenizer, ids), float(plain[0].quantile(.1)), float((known or plain)[0].quantile(.9))
     strip = lambda name, xs: f"<b>{name}</b>: mean {_mean(xs):.4f}{heat_strip(words, _smooth(xs, c.width.value), 'flat share', low, high)}"
-    c.before.value, c.after.value = strip("original", before), strip("edited", after) if after else ""
+    c.before.value, c.after.value = strip(s.states[0].name, before), strip("edited", after) if after else ""
     cut = f" Only the first {len(ids)} tokens are read." if len(c.pasted.value) > _longest or len(ids) == 1024 else ""
     c.note.value = (f"Share of activation energy in the flattest 60 % of the input directions, mean of the last {c.width.value} tokens. For comparison, ordinary held-out text: {plain[0].mean():.4f} (sd {plain[0].std():.4f}, n = {plain[1]})"
                     + (f"; memorised passages: {known[0].mean():.4f} (sd {known[0].std():.4f}, n = {known[1]})" if known else "") + f"; random directions on this text: {_mean(chance):.4f}.{cut}")
@@ -1506,6 +1528,7 @@ class _Front(W.VBox):
     @classmethod
     def from_state(cls, state, playground=None, **parts) -> "Lab": return cls(playground, state=_read_state(state), **parts)   # made in the background; `wait` raises what went wrong
     def close(self):
+        "Closes all panels and stops what runs. An edit that is in place stays in the model: press Reset first, or `session.reset()`."
         for p in vars(self).get("panels", {}).values(): p.close()
         if "tabs" in vars(self): self.tabs.unobserve_all(); self.tabs.close()
         super().close()
@@ -1580,6 +1603,7 @@ def _restore_lab(lab:Lab, state:dict) -> None:
             for p in lab.panels.values(): _try(p, lambda: _fill(p))
             try: _resume(lab, state, tell)
             except BaseException: _forget(s); raise
+        _found_note(lab.explorer, "restore")
     except BaseException as e:
         known = isinstance(e, (KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError, TraitError))
         s.lost = ValueError(f"this state cannot be restored: {type(e).__name__}: {e}") if known else e
@@ -1594,7 +1618,7 @@ def _forget(s:Session) -> None:
 def _resume(lab:Lab, state:dict, tell:Callable) -> None:
     "History and controls of a state; what was measured is measured again for the state in place. Under the lock."
     s = lab.session
-    if s.checked != state["weights"]: raise ValueError(f"this state belongs to weights {state['weights']}, the model has {s.checked}: load the same model, unedited")
+    if s.checked != state["weights"]: raise ValueError(f"this state belongs to weights {state['weights']}, the model has {s.checked}: load the same model, unedited" + (f" (it holds {'; '.join(s.found)})" if s.found else ""))
     if state["seen"] != s.seen: _measure_anew(s, state["seen"], True)
     for k, spec in enumerate(state["history"]):
         tell(k, len(state["history"]), "making the edits again, edit"); spec = dict(spec); control = spec.pop("control")

@@ -784,3 +784,39 @@ def test_a_script_may_end_while_the_lab_collects():
     r = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1", PYTHONPATH=os.pathsep.join(sys.path)))
     assert r.returncode == 0 and not r.stderr, r.stderr
     assert time.time() - float(r.stdout) < 20                     # after the batch it is at
+
+
+def test_a_second_lab_says_that_an_edit_is_in_place(P):
+    first = Lab(**P).wait(60); first.show("editor").plan(rho=.2, blocks=[0, 1, 2]).apply()
+    title, edited = first.session.now.edit._title(), first.checksum()
+    assert "edited" in text(first.editor.c.weights) and "found" not in text(first.editor.c.weights)
+    second = Lab(**P); second.explorer.wait(60); ed = second.show("editor")
+    said = text(ed.c.weights)
+    assert f"Weights: as this Lab found them, with an edit in place already: {title}. To begin from the original, undo it" in said and "same as at the start." in said and "bit for bit" not in said
+    assert "curvature: done" in text(second.explorer.c.status) and title in text(second.explorer.c.status)
+    for p, w in (("editor", "readout"), ("editor", "history"), ("probe", "text"), ("probe", "numbers"), ("lens", "before"), ("spectrum", "note")):
+        c = getattr(second.show(p).c, w); got = str(c.options) if w == "history" else text(c)
+        assert "found" in got and "original" not in got.replace("nDCG@10 against the original", "").replace("relative to the original", ""), (p, w, got)
+    assert ed.plan(rho=.5).apply().session.active and f"on top of what this Lab found: {title}" in text(ed.c.weights)
+    ed.reset(); assert second.checksum() == edited
+    state = second.state
+    first.editor.reset(); assert "Weights: original" in text(first.editor.c.weights)
+    assert "Weights: changed by others" in text(ed.redraw().c.weights)
+    third = Lab(**P).wait(60)                                     # the cell is run again
+    assert "Weights: original" in text(third.show("editor").c.weights) and "bit for bit the original" in text(third.editor.c.weights) and "already" not in text(third.explorer.c.status)
+    with first.session.basis.keep(rho=.5).applied(P["model"]), pytest.raises(ValueError, match="load the same model, unedited .it holds Edit kfac"): Lab.from_state(state, **P).wait(60)
+    first.editor.visit(1); assert Session(**parts(1)).load().found == []   # another model
+
+
+def test_edits_are_found_without_touching_what_pretends(P):
+    import curvtools.widgets as w
+    from curvtools.edit import Applied
+    class Proxy:
+        asked = False
+        @property
+        def __class__(self): Proxy.asked = True; return Applied
+        def __getattr__(self, name): Proxy.asked = True; raise RuntimeError(name)
+    keep = [Proxy()]
+    s = Session(**P).load(); handle = s.basis.keep(rho=.5).apply(P["model"])
+    assert w._edits_in(P["model"]) == [handle] and w._edits_in(parts(1)["model"]) == [] and not Proxy.asked and keep
+    handle.undo(); assert w._edits_in(P["model"]) == []

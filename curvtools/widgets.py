@@ -225,7 +225,7 @@ def _load(s:Session, tell:Callable) -> None:
         s.basis = eigen(s.factors, s.model, progress=False, each=each)
         for e in s.basis.values(): e.C                             # coefficients of the original weights, while they are in the model
         s.checked, s.found = checksum(s.model, s.targets), [x.edit._title() for x in _edits_in(s.model)]   # our own was taken out just now
-        s.states[0].name = "as found" if s.found else "original"
+        s.states[0].name = "found weights" if s.found else "original"
         tell(0, 1, "measuring the original")
         s.states[0].seen = s.look()
 
@@ -373,24 +373,24 @@ def _cell(name:str, ms:dict, first:bool) -> str:
     kept = ms.get(f"{of}.kept") if what == "accuracy" and not first else None
     return (_plain if what == "ndcg" else _percent)(ms[name]) + (f"<br>kept {_percent(kept)}".replace("%<br>", "% ") if kept else "")
 
-_shown = dict(strict="strict recitation", ppl="perplexity", ndcg="nDCG@10 against the original", accuracy="right answers", memorised="answered with the wrong label learnt by heart", right="classified right")
+_shown = dict(strict="strict recitation", ppl="perplexity", ndcg="nDCG@10", accuracy="right answers", memorised="answered with the wrong label learnt by heart", right="classified right")
 def _row_name(name:str, m:Measure, shown=_shown) -> str:
     of, _, what = name.rpartition(".")
     return html.escape(f"{shown.get(what, what)}, {of}{' (control)' if of == 'unseen' else ''} (n = {m.n}{' windows' if what in ('ppl', 'ndcg') else ''})")
 
 # %% ../nbs/11_widgets.ipynb #1c68423d
 def readout_html(
-    columns:dict, # heading -> measures by name; the first is the original
+    columns:dict, # heading -> measures by name; the first is what the others are compared to
 ) -> str: # HTML
     "Measurements as a table: a row each, a column for each state, intervals and n with all of them."
     tag = lambda t, s, more="": f'<{t}{more} style="text-align:left;padding:2px 14px 2px 0;vertical-align:top">{s}</{t}>'
-    base, head = next(iter(columns.values())), "".join(tag("th", html.escape(k), ' scope="col"') for k in columns)
+    (first, base), head = next(iter(columns.items())), "".join(tag("th", html.escape(k), ' scope="col"') for k in columns)
     if not base: return "Nothing was given to measure on: pass memorized=, heldout= or tasks=."
     names = [n for n in base if n.rpartition(".")[2] in ("strict", "ppl", "ndcg", "accuracy", "memorised", "true label", "right") and not (n.endswith(".right") and f"{n[:-6]}.strict" in base)]
     if any("heldout.ndcg" in m for m in columns.values()): names += ["heldout.ndcg"]*("heldout.ndcg" not in names)
-    row = lambda n: tag("th", _row_name(n, next(m[n] for m in columns.values() if n in m)), ' scope="row"') + "".join(tag("td", f'<span style="white-space:nowrap">{_cell(n, m, m is base)}</span>') for m in columns.values())
+    row = lambda n: tag("th", _row_name(n, next(m[n] for m in columns.values() if n in m), _shown | dict(ndcg=f"nDCG@10 against the {first}")), ' scope="row"') + "".join(tag("td", f'<span style="white-space:nowrap">{_cell(n, m, m is base)}</span>') for m in columns.values())
     return (f'<div style="overflow-x:auto"><table style="line-height:1.4;border-collapse:collapse;font-variant-numeric:tabular-nums"><thead><tr>{tag("th", "measured", " scope=col")}{head}</tr></thead>'
-            f'<tbody>{"".join(f"<tr>{row(n)}</tr>" for n in names)}</tbody></table></div><div style="font-size:12px;line-height:1.4">95 % intervals in brackets; strict is teacher-forced; ×: relative to the original on the same windows; kept: beyond chance, on the same questions.</div>')
+            f'<tbody>{"".join(f"<tr>{row(n)}</tr>" for n in names)}</tbody></table></div><div style="font-size:12px;line-height:1.4">95 % intervals in brackets; strict is teacher-forced; ×: relative to the {html.escape(first)} on the same windows; kept: beyond chance, on the same questions.</div>')
 
 def _unmeasured(s:Session) -> str: # HTML
     "Which state is in the model, and how to have it measured."
@@ -1082,7 +1082,7 @@ def _numbers(s:Session, x:Passage, before:Any, after:Any) -> tuple: # rows, note
     yes, how = lambda b: "yes" if b else "no", rows[0][1].sampler
     note = f"tokens right: each after the true ones, where the text above goes on by itself; p_z: probability of the suffix in one sample (temperature {how['temperature']:g}, top {how['top_k']}); (100, .5): would 100 such samples hold it with a chance of one half"
     return [{"weights": n, "strict": yes(r.rows[0]["strict"]), "loose": yes(r.rows[0]["loose"]), "lev": f"{r.rows[0]['lev']:.3f}", "longest run": r.rows[0]["run"], "tokens right": f"{r.rows[0]['right']} of {r.rows[0]['L']}",
-             "p_z": f"{math.exp(r.logp[0]):.2g}" if r.logp[0] > -200 else f"e^{r.logp[0]:.0f}", "(100, .5)": yes(hit_probability(r.logp[0], 100) >= .5)} for n, r in rows], note
+             "p_z": f"{math.exp(r.logp[0]):.2g}" if r.logp[0] > -200 or math.isinf(r.logp[0]) else f"e^{r.logp[0]:.0f}", "(100, .5)": yes(hit_probability(r.logp[0], 100) >= .5)} for n, r in rows], note
 
 def _next_recited(p) -> None:
     "On to the next passage that is recited now, from the beginning again after the last; ValueError if there is none."

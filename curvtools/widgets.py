@@ -7,7 +7,7 @@ __all__ = ['trained', 'checksum', 'Cancelled', 'stoppable', 'some_of', 'Sorted',
            'preview_html', 'Snapshot', 'Panel', 'Explorer', 'Probe', 'Editor', 'Spectrum', 'Lens', 'Lab']
 
 # %% ../nbs/11_widgets.ipynb #c1a9d65b
-import csv, hashlib, html, itertools, json, math, random, threading, time, traceback
+import atexit, csv, gc, hashlib, html, itertools, json, math, random, threading, time, traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -24,7 +24,7 @@ from traitlets import TraitError
 from . import __version__
 from .data import Passage, Passages, Windows
 from .decompose import eigen
-from .edit import planned
+from .edit import Applied, planned
 from .evaluate import bands, halves, memory_score, top_tokens
 from .kfac import collect
 from .plots import (band_energy, band_lines, bars, dark_css, frontier, heat_strip, image_grid, img, kept_region, mass_curve, overlap,
@@ -119,7 +119,7 @@ class _History:
     @property
     def targets(self) -> list: return [e.target for e in self.basis.values()]
     @property
-    def curvature_data(self) -> Any: return self.playground.batches(some_of(self.playground.clean.tolist(), self.collect_on//8)) if self.kind == "vit" else _first(self.clean, self.collect_on)
+    def curvature_data(self) -> Any: return self.playground.batches(some_of(self.playground.clean.tolist(), max(1, self.collect_on//8))) if self.kind == "vit" else _first(self.clean, self.collect_on)
     def load(self, tell=lambda *a: None) -> Any: _load(self, tell); return self
     @_in_lane
     def checksum(self) -> str: return checksum(self.model, self.targets)
@@ -156,20 +156,30 @@ class Session(_History):
         passages:int=100, tokens:int=4096, questions:int=60, # to measure on: of each set, held-out tokens, of each family
         collect_on:int=16384, # tokens of clean text (or images / 8)
     ):
+        self.limits = _limits(passages=passages, tokens=tokens, questions=questions, collect_on=collect_on)
         given = dict(model=model, tokenizer=tokenizer, clean=clean, heldout=heldout, memorized=memorized, unseen=unseen, tasks=tasks, plan=plan)
         self.kind, self.playground, self.names = getattr(playground, "kind", "lm"), playground, {k: f"pg.{k}" if playground is not None and v is None else k for k, v in given.items()}
         for k, v in _parts(playground, given, factors).items(): setattr(self, k, v)
         self.factors, self.given, self.collect_on = factors, factors is not None, collect_on
-        self.limits = dict(passages=passages, tokens=tokens, questions=questions)
         self.lock, self.cancel = threading.RLock(), threading.Event()
         self.basis = self.handle = self.moments = self.top = None        # basis; the edit in place; for EK-FAC; for nDCG
         self.states, self.at, self.back, self.ahead = [State("original")], 0, [], []
         self.job, self.thread, self.panels, self.texts, self.cache = "", None, [], {}, {}
         self.lost = None                                           # why a state could not be restored, until someone was told
+        self.found = []                                            # titles of edits that others had in the model at `load`
         self.size = sum(p.numel() for p in self.model.parameters())
         self.seen = next((t for t in sorted({p.tier for p in self.memorized}) if t >= 64), 0)  # measured on passages seen at least so often
         self.sample = _sample(self, self.seen)
     def __repr__(self): return f"Session: {type(self.model).__name__}, " + ("no curvature yet" if self.basis is None else f"{len(self.basis)} matrices") + f", {len(self.states)} states, now {self.now.name!r}"
+
+# %% ../nbs/11_widgets.ipynb #5d0be7a4
+def _edits_in(model:Any) -> list: # Applied
+    "The edits that are in this model, whoever made them, as long as their handles live. Looks through all objects, which takes a fifth of a second."
+    return [x for x in gc.get_objects() if type(x) is Applied and getattr(x, "active", False) and x.model is model]
+
+def _found_note(p, what:str) -> None:
+    "Once, when that is done: this Lab begins from weights that hold an edit."
+    if found := p.session.found: p.word = f"{what}: done. The model held an edit already, so this Lab does not begin from the original: {'; '.join(found)}. The Editor says more."
 
 # %% ../nbs/11_widgets.ipynb #de7fb554
 class _Numbers:
@@ -178,6 +188,12 @@ class _Numbers:
     def __call__(self, text, **kw):
         try: return dict(input_ids=[int(x) for x in text.split()])
         except ValueError: raise ValueError("without a tokenizer, write token ids: numbers with spaces between them; or pass tokenizer=") from None
+
+def _limits(**kw) -> dict:
+    "The same; ValueError for one that leaves nothing to measure on."
+    for k, n in kw.items():
+        if n < 1: raise ValueError(f"{k}={n!r}: at least 1 is needed; leave it out for the usual number")
+    return kw
 
 def _parts(playground:Any, given:dict, factors:Any) -> dict:
     "Model and data from the playground, what is given by name first. ValueError if there is too little."
@@ -208,7 +224,8 @@ def _load(s:Session, tell:Callable) -> None:
             tell(done, total, f"decomposing {name}")
         s.basis = eigen(s.factors, s.model, progress=False, each=each)
         for e in s.basis.values(): e.C                             # coefficients of the original weights, while they are in the model
-        s.checked = checksum(s.model, s.targets)
+        s.checked, s.found = checksum(s.model, s.targets), [x.edit._title() for x in _edits_in(s.model)]   # our own was taken out just now
+        s.states[0].name = "found weights" if s.found else "original"
         tell(0, 1, "measuring the original")
         s.states[0].seen = s.look()
 
@@ -321,11 +338,9 @@ def _travel(s:Session, here:list, there:list, empty:str) -> None:
     with s.lock:
         if not here: raise ValueError(f"nothing to {empty}")
         now, back, ahead = s.at, list(s.back), list(s.ahead)
-        there_now = here.pop()
-        keep_back, keep_ahead = list(s.back), list(s.ahead)
-        s.goto(there_now)
-        s.back[:], s.ahead[:] = keep_back, keep_ahead
-        there.append(now)
+        s.goto(here[-1])                                          # if that fails, both lists are as they were
+        s.back[:], s.ahead[:] = back, ahead
+        here.pop(); there.append(now)
 
 def _continuations(s:Session, passage:Passage) -> tuple: # ((ids, [(p, rank)]) of the original, of the edited or None)
     "What the model writes after the prefix, and how likely the true tokens were to it, without and with the edit in place; each computed once."
@@ -334,6 +349,17 @@ def _continuations(s:Session, passage:Passage) -> tuple: # ((ids, [(p, rank)]) o
         with s.original(): s.texts[passage, "original"] = look()
     if s.active and (passage, "edited") not in s.texts: s.texts[passage, "edited"] = look()
     return s.texts[passage, "original"], s.texts.get((passage, "edited")) if s.active else None
+
+# %% ../nbs/11_widgets.ipynb #5d0be7a1
+def _arrive(s:Session, go:Callable) -> None:
+    "Go to another state, and measure what is not known of it. If either fails or is cancelled, the state from before is back, and so is the way to and fro."
+    with s.lock, torch.inference_mode(), stoppable(s.model, s.cancel):
+        at, back, ahead = s.at, list(s.back), list(s.ahead)
+        try: go(); _measure_missing(s)
+        except BaseException:
+            if s.at != at: s.goto(at)
+            s.back[:], s.ahead[:] = back, ahead
+            raise
 
 # %% ../nbs/11_widgets.ipynb #1c328e02
 def _percent(m:Measure) -> str: return "{:.1f} %<br>[{:.1f}, {:.1f}]".format(*(100*x for x in (m.value, *m.interval())))
@@ -347,28 +373,32 @@ def _cell(name:str, ms:dict, first:bool) -> str:
     kept = ms.get(f"{of}.kept") if what == "accuracy" and not first else None
     return (_plain if what == "ndcg" else _percent)(ms[name]) + (f"<br>kept {_percent(kept)}".replace("%<br>", "% ") if kept else "")
 
-_shown = dict(strict="strict recitation", ppl="perplexity", ndcg="nDCG@10 against the original", accuracy="right answers", memorised="answered with the wrong label learnt by heart", right="classified right")
+_shown = dict(strict="strict recitation", ppl="perplexity", ndcg="nDCG@10", accuracy="right answers", memorised="answered with the wrong label learnt by heart", right="classified right")
 def _row_name(name:str, m:Measure, shown=_shown) -> str:
     of, _, what = name.rpartition(".")
     return html.escape(f"{shown.get(what, what)}, {of}{' (control)' if of == 'unseen' else ''} (n = {m.n}{' windows' if what in ('ppl', 'ndcg') else ''})")
 
 # %% ../nbs/11_widgets.ipynb #1c68423d
 def readout_html(
-    columns:dict, # heading -> measures by name; the first is the original
+    columns:dict, # heading -> measures by name; the first is what the others are compared to
 ) -> str: # HTML
     "Measurements as a table: a row each, a column for each state, intervals and n with all of them."
     tag = lambda t, s, more="": f'<{t}{more} style="text-align:left;padding:2px 14px 2px 0;vertical-align:top">{s}</{t}>'
-    base, head = next(iter(columns.values())), "".join(tag("th", html.escape(k), ' scope="col"') for k in columns)
+    (first, base), head = next(iter(columns.items())), "".join(tag("th", html.escape(k), ' scope="col"') for k in columns)
     if not base: return "Nothing was given to measure on: pass memorized=, heldout= or tasks=."
     names = [n for n in base if n.rpartition(".")[2] in ("strict", "ppl", "ndcg", "accuracy", "memorised", "true label", "right") and not (n.endswith(".right") and f"{n[:-6]}.strict" in base)]
     if any("heldout.ndcg" in m for m in columns.values()): names += ["heldout.ndcg"]*("heldout.ndcg" not in names)
-    row = lambda n: tag("th", _row_name(n, next(m[n] for m in columns.values() if n in m)), ' scope="row"') + "".join(tag("td", f'<span style="white-space:nowrap">{_cell(n, m, m is base)}</span>') for m in columns.values())
+    row = lambda n: tag("th", _row_name(n, next(m[n] for m in columns.values() if n in m), _shown | dict(ndcg=f"nDCG@10 against the {first}")), ' scope="row"') + "".join(tag("td", f'<span style="white-space:nowrap">{_cell(n, m, m is base)}</span>') for m in columns.values())
     return (f'<div style="overflow-x:auto"><table style="line-height:1.4;border-collapse:collapse;font-variant-numeric:tabular-nums"><thead><tr>{tag("th", "measured", " scope=col")}{head}</tr></thead>'
-            f'<tbody>{"".join(f"<tr>{row(n)}</tr>" for n in names)}</tbody></table></div><div style="font-size:12px;line-height:1.4">95 % intervals in brackets; strict is teacher-forced; ×: relative to the original on the same windows; kept: beyond chance, on the same questions.</div>')
+            f'<tbody>{"".join(f"<tr>{row(n)}</tr>" for n in names)}</tbody></table></div><div style="font-size:12px;line-height:1.4">95 % intervals in brackets; strict is teacher-forced; ×: relative to the {html.escape(first)} on the same windows; kept: beyond chance, on the same questions.</div>')
+
+def _unmeasured(s:Session) -> str: # HTML
+    "Which state is in the model, and how to have it measured."
+    return f"Now: {html.escape(s.now.name)}. This state is not measured yet: in the Editor's history choose another one, then this one again; or call visit({s.at}) of the Editor."
 
 def _columns(s:Session) -> dict:
-    "The original, the state in place and its control."
-    now, out = s.now, {"original": _measures(s, s.states[0].seen)}
+    "The original (or what was found), the state in place and its control."
+    now, out = s.now, {s.states[0].name: _measures(s, s.states[0].seen)}
     if now.spec and now.seen: out[f"now: {now.name}"] = _measures(s, now.seen)
     if now.control not in (None, True): out["control: the same in random directions"] = _measures(s, now.control)
     return out
@@ -497,17 +527,30 @@ def _start(p, what:str, f:Callable) -> None:
         torch.set_num_threads(threads)
         try: _run(p, what, f)
         finally:
-            s.job = ""
-            s.cancel.clear()
-            if s.basis is not None: [_enable(q, True) for q in list(s.panels)]
-            _show_job(p)
-            for q in list(s.panels):
-                missed, q.missed = q.missed, {}
-                if q.late: _guard(q, "redraw", q.catch_up)()
-                for name, g in missed.items(): _guard(q, name, g)()
-                _last_word(q)
-    s.thread = threading.Thread(target=work, daemon=True, name=f"curvtools: {what}")
-    s.thread.start()
+            try: _job_done(p)
+            finally: atexit.unregister(leave)
+    s.thread = t = threading.Thread(target=work, daemon=True, name=f"curvtools: {what}")
+    leave = atexit.register(lambda: _leave(s, t))
+    t.start()
+
+def _job_done(p) -> None:
+    "What was put off while it ran."
+    s = p.session
+    s.job = ""
+    s.cancel.clear()
+    if s.basis is not None: [_enable(q, True) for q in list(s.panels)]
+    _show_job(p)
+    for q in list(s.panels):
+        missed, q.missed = q.missed, {}
+        if q.late: _guard(q, "redraw", q.catch_up)()
+        for name, g in missed.items(): _guard(q, name, g)()
+        _last_word(q)
+
+def _leave(s:Session, t:threading.Thread, most:float=60) -> None:
+    "When the interpreter ends: cancel what runs and wait for it, as PyTorch aborts the process if it is ended inside of it."
+    end = time.monotonic() + most
+    s.panels.clear()                                              # nothing is drawn any more
+    while (t.is_alive() or s.thread.is_alive()) and time.monotonic() < end: s.cancel.set(); (t if t.is_alive() else s.thread).join(.05)
 
 # %% ../nbs/11_widgets.ipynb #537dbdee
 def _move(p, box:Any, to:int) -> None:
@@ -644,6 +687,7 @@ class Panel(_View):
 def _load_all(p) -> None:
     "Under one lock, so that nobody meets panels that are not filled yet."
     with p.session.lock: p.session.load(lambda *a: _tell(p, *a)); _changed(p.session, True)
+    _found_note(p, "curvature")
 
 def _show_first(p) -> None:
     with p.session.lock: _try(p, lambda: _fill(p))
@@ -978,12 +1022,13 @@ class Probe(_ProbeControls):
 _longest = 20_000 # characters of a pasted text that are read
 
 def _pasted(p) -> Passages: # one passage, or none
-    "The pasted text as one passage, cut where the model's context ends."
+    "The pasted text as one passage, cut where the model's context ends; its label says so then."
     s, text = p.session, p.c.pasted.value[:_longest].encode("utf-8", "replace").decode("utf-8")
     if not text.strip(): return Passages()
-    ids = tuple(s.tokenizer(text)["input_ids"])[:_context(s, 256)]
+    every = tuple(s.tokenizer(text)["input_ids"]); ids = every[:_context(s, 256)]
     if len(ids) < 2: raise ValueError("your text is one token: two or more are needed, a prefix and what should follow")
-    return Passages([Passage(ids[:len(ids)//2], ids[len(ids)//2:], label="your text")])
+    cut = len(ids) < len(every) or len(p.c.pasted.value) > _longest
+    return Passages([Passage(ids[:len(ids)//2], ids[len(ids)//2:], label="your text" + (f" (only the first {len(ids)} tokens are read)" if cut else ""))])
 
 def _set_of(p) -> Passages:
     "The set of passages that is chosen."
@@ -1020,8 +1065,8 @@ def _draw_passage(p) -> None:
     x, k = p.passage, c.index.value
     about = ", ".join(filter(None, [x.label, x.source, x.kind, f"seen {x.count or x.tier} times" if x.tier else "" if c.which.value == "your text" else "never seen in training"]))
     (before, facts), after = s.continuations(x)
-    c.text.value = f"<div>Passage {k} of {len(p.passages)}: {html.escape(_visible(about))}</div>{side_by_side(s.tokenizer, x, before, after and after[0], facts=(facts, after and after[1]))}"
-    c.numbers.value = _scrolled(_numbers(s, x, before, after), "tokens right: each after the true ones, where the text above goes on by itself; (100, .5): would 100 samples hold the suffix with a chance of one half; p_z: its probability in one sample")
+    c.text.value = f"<div>Passage {k} of {len(p.passages)}: {html.escape(_visible(about))}</div>{side_by_side(s.tokenizer, x, before, after and after[0], labels=(s.states[0].name, 'edited'), facts=(facts, after and after[1]))}"
+    c.numbers.value = _scrolled(*_numbers(s, x, before, after))
     name = f"{s.names['memorized' if c.which.value == 'memorised' else 'unseen']}{_where(c)}[{k - 1}]" if c.which.value != "your text" else f"Passage({x.prefix}, {x.suffix})"
     same = len(x.prefix) == len(p.passages[k - 1].prefix)
     _code(p, f"p = {name}\n" + ("" if same or c.which.value == "your text" else f"p = Passage(p.ids[:{c.split.value}], p.ids[{c.split.value}:])\n") + f"recite({s.names['model']}, Passages([p])).show(0, tokenizer)")
@@ -1030,13 +1075,14 @@ def _where(c) -> str:
     filters = ", ".join(f"{k}={getattr(c, k).value!r}" for k in ("tier", "kind") if getattr(c, k).value)
     return f".where({filters})" if filters else ""
 
-def _numbers(s:Session, x:Passage, before:Any, after:Any) -> list:
-    "One row for the original, one for the edit in place."
-    with s.original(): rows = [("original", recite(s.model, Passages([x]), progress=False))]
+def _numbers(s:Session, x:Passage, before:Any, after:Any) -> tuple: # rows, note
+    "One row for the original, one for the edit in place; and what the columns mean."
+    with s.original(): rows = [(s.states[0].name, recite(s.model, Passages([x]), progress=False))]
     if after is not None: rows.append(("edited", recite(s.model, Passages([x]), progress=False)))
-    yes = lambda b: "yes" if b else "no"
+    yes, how = lambda b: "yes" if b else "no", rows[0][1].sampler
+    note = f"tokens right: each after the true ones, where the text above goes on by itself; p_z: probability of the suffix in one sample (temperature {how['temperature']:g}, top {how['top_k']}); (100, .5): would 100 such samples hold it with a chance of one half"
     return [{"weights": n, "strict": yes(r.rows[0]["strict"]), "loose": yes(r.rows[0]["loose"]), "lev": f"{r.rows[0]['lev']:.3f}", "longest run": r.rows[0]["run"], "tokens right": f"{r.rows[0]['right']} of {r.rows[0]['L']}",
-             "p_z": f"{math.exp(r.logp[0]):.2g}" if r.logp[0] > -200 else f"e^{r.logp[0]:.0f}", "(100, .5)": yes(hit_probability(r.logp[0], 100) >= .5)} for n, r in rows]
+             "p_z": f"{math.exp(r.logp[0]):.2g}" if r.logp[0] > -200 or math.isinf(r.logp[0]) else f"e^{r.logp[0]:.0f}", "(100, .5)": yes(hit_probability(r.logp[0], 100) >= .5)} for n, r in rows], note
 
 def _next_recited(p) -> None:
     "On to the next passage that is recited now, from the beginning again after the last; ValueError if there is none."
@@ -1098,6 +1144,8 @@ class _EditorControls(Panel):
 # %% ../nbs/11_widgets.ipynb #02570cb2
 class Editor(_EditorControls):
     "Plan an edit, apply it, read what it did, undo; every state stays."
+    acts = (*Panel.acts, "measure on")
+    def slow(self, what): return what != "measure on" and not (what == "strength" and self.c.live.value) and super().slow(what)   # these begin a worker themselves
     def fill(self):
         s, c = self.session, self.c
         blocks, projections = sorted({t.block for t in s.targets}), list(dict.fromkeys(t.projection for t in s.targets))
@@ -1130,12 +1178,18 @@ class Editor(_EditorControls):
         if self.c.live.value: _start(self, "live", lambda: self._apply(live=True))
         else: _draw_preview(self)
     def _apply(self, live=False): _apply_now(self, live)
-    def _go(self, way, *k):
-        try: getattr(self.session, way)(*k)
-        except BaseException: _try(self, lambda: _draw_state(self)); raise
-        with self.session.lock, torch.inference_mode(), stoppable(self.session.model, self.session.cancel): _measure_missing(self.session)
-        _code(self, {"undo": "session.undo()", "redo": "session.redo()", "reset": "session.reset()  # bit for bit"}.get(way, f"session.goto({k[0] if k else 0})")); line = self.line; _changed(self.session, by=self); _code(self, line)
+    def _go(self, way, *k): _visit(self, way, k)
     def _measure_on(self): _measure_on(self)
+
+# %% ../nbs/11_widgets.ipynb #5d0be7a7
+def _visit(p, way:str, k:tuple) -> None:
+    "Undo, redo, reset or goto, with the measurements that are missing there. On failure the panel shows the state from before."
+    s = p.session
+    with s.lock:
+        try: _arrive(s, lambda: getattr(s, way)(*k))
+        except BaseException: _try(p, lambda: _draw_state(p)); raise
+        _changed(s, by=p)
+    _code(p, {"undo": "session.undo()", "redo": "session.redo()", "reset": "session.reset()  # bit for bit"}.get(way, f"session.goto({k[0] if k else 0})"))
 
 # %% ../nbs/11_widgets.ipynb #d9f6b2bc
 _free = {"gradient ascent", "NPO"} # strength is a learning rate, not a share
@@ -1206,34 +1260,51 @@ def _measure_code(s:Session) -> str:
     return f"readout({n['model']}, dict({sets}){more}, generate=False)"
 
 def _measure_on(p) -> None:
-    "Other passages to measure on: what was measured on the old ones is dropped, and the state in place is measured again."
-    _start(p, "measure again", lambda: (_measure_anew(p.session, p.c.seen.value, p.c.questions.value), _changed(p.session, by=p)))
+    "Other passages to measure on: what was measured on the old ones is dropped, and the state in place is measured again. If that fails, the box says what it said before."
+    def again():
+        try: _measure_anew(p.session, p.c.seen.value, p.c.questions.value, lambda *a: _step(p, *a))
+        except BaseException:
+            with p.session.lock, _quiet(p): p.c.seen.value = p.session.seen
+            raise
+        _changed(p.session, by=p)
+    _start(p, "measure again", again)
 
-def _measure_anew(s:Session, seen:int, questions:bool) -> None:
-    "On passages seen at least so often. If it fails or is cancelled, all is as before."
-    before, s.sample = s.sample, _sample(s, seen)
+# %% ../nbs/11_widgets.ipynb #5d0be7a6
+def _which_weights(s:Session) -> str: # HTML
+    "Which weights are in the model: the original bit for bit, what this Lab found instead, an edit, or what someone else made of them meanwhile."
+    now, found = s.checksum(), html.escape("; ".join(s.found))
+    if s.active: what = f"<b>edited</b> ({html.escape(s.now.name)})" + (f", on top of what this Lab found: {found}" if found else "")
+    elif now != s.checked: what = "<b>changed by others</b> since this Lab looked at them first"
+    elif found: what = f"<b>as this Lab found them</b>, with an edit in place already: {found}. To begin from the original, undo it (in the other Lab: Reset) and run this cell again"
+    else: what = "<b>original</b>"
+    same = f"at the start {s.checked}" if now != s.checked else "same as at the start" + (": bit for bit the original" if not found else "")
+    return f"{what}; checksum <code>{now}</code>, {same}"
+
+# %% ../nbs/11_widgets.ipynb #5d0be7a3
+def _measure_anew(s:Session, seen:int, questions:bool, step:Callable=lambda *a: None) -> None:
+    "On passages seen at least so often, the control too where there was one. If it fails or is cancelled, all is as before."
+    before, s.sample, x = s.sample, _sample(s, seen), s.now
     try:
         with s.lock, torch.inference_mode(), stoppable(s.model, s.cancel):
-            with s.original(): first = s.look()
-            now = s.look(questions) if s.now.spec else None
+            with s.original():
+                step(0, 3, "measuring the original"); first = s.look()
+                if control := x.control: step(1, 3, "measuring the control"); control = _control(s, x.edit, questions)
+            if now := x.edit: step(2, 3, "measuring the edit"); now = s.look(questions)
     except BaseException: s.sample = before; raise
     s.cache.pop("methods", None); s.cache.pop("scale", None); s.cache.pop("bands", None); s.seen = seen
-    for x in s.states: x.seen = x.control = None
-    s.states[0].seen = first
-    if s.now.spec: s.now.seen = now
+    for y in s.states: y.seen, y.control = None, None if y.control is None else True   # True: measured again when it is visited
+    x.seen, x.control, s.states[0].seen = now, control, first
 
 # %% ../nbs/11_widgets.ipynb #659203fb
 def _draw_state(p) -> None:
     "All that depends on which weights are in the model."
     s, c = p.session, p.c
-    now = s.checksum()
-    same = "same as at the start: bit for bit the original" if now == s.checked else f"at the start {s.checked}"
-    c.weights.value = f'<div style="line-height:1.4">Weights: {"<b>edited</b> (" + html.escape(s.now.name) + ")" if s.active else "<b>original</b>"}; checksum <code>{now}</code>, {same}.</div>'
+    c.weights.value = f'<div style="line-height:1.4">Weights: {_which_weights(s)}.</div>'
     with _quiet(p):
         c.history.options = [(f"{k}: {x.name}", k) for k, x in enumerate(s.states)]
         c.history.value = s.at
     c.undo.disabled, c.redo.disabled, c.reset.disabled = not s.back, not s.ahead, not s.active
-    if s.states[0].seen is not None: c.readout.value = readout_html(_columns(s))
+    if s.states[0].seen is not None: c.readout.value = readout_html(_columns(s)) + (f'<div style="line-height:1.4">{_unmeasured(s)}</div>' if s.active and s.now.seen is None else "")
     _draw_frontier(p)
 
 def _frontier_rows(s:Session) -> list:
@@ -1317,7 +1388,8 @@ def _behaviour_rows(s:Session) -> list: # label, group, value, low, high, n
 # %% ../nbs/11_widgets.ipynb #16b7798c
 def _draw_bars(p) -> None:
     s = p.session
-    if not s.now.spec or s.now.seen is None: p.c.note.value, p.c.bars.value = "The original weights are in the model: apply an edit in the Editor, and see here what it keeps of each behaviour.", ""; return
+    if not s.now.spec: p.c.note.value, p.c.bars.value = f"The {'weights as this Lab found them' if s.found else 'original weights'} are in the model: apply an edit in the Editor, and see here what it keeps of each behaviour.", ""; return
+    if s.now.seen is None: p.c.note.value, p.c.bars.value = _unmeasured(s), ""; return
     rows = _behaviour_rows(s)
     if not rows: p.c.note.value, p.c.bars.value = "Nothing that the original could do was measured: give passages that it recites, or questions that it answers.", ""; return
     more = "" if getattr(s.now.seen, "answers", 1) is not None else " The questions were not asked for this state."
@@ -1426,7 +1498,7 @@ def _draw_lens(p) -> None:
     after = _flat_shares(p, ids, "edited")[0] if s.active else None
     words, low, high = token_texts(s.tokenizer, ids), float(plain[0].quantile(.1)), float((known or plain)[0].quantile(.9))
     strip = lambda name, xs: f"<b>{name}</b>: mean {_mean(xs):.4f}{heat_strip(words, _smooth(xs, c.width.value), 'flat share', low, high)}"
-    c.before.value, c.after.value = strip("original", before), strip("edited", after) if after else ""
+    c.before.value, c.after.value = strip(s.states[0].name, before), strip("edited", after) if after else ""
     cut = f" Only the first {len(ids)} tokens are read." if len(c.pasted.value) > _longest or len(ids) == 1024 else ""
     c.note.value = (f"Share of activation energy in the flattest 60 % of the input directions, mean of the last {c.width.value} tokens. For comparison, ordinary held-out text: {plain[0].mean():.4f} (sd {plain[0].std():.4f}, n = {plain[1]})"
                     + (f"; memorised passages: {known[0].mean():.4f} (sd {known[0].std():.4f}, n = {known[1]})" if known else "") + f"; random directions on this text: {_mean(chance):.4f}.{cut}")
@@ -1456,6 +1528,7 @@ class _Front(W.VBox):
     @classmethod
     def from_state(cls, state, playground=None, **parts) -> "Lab": return cls(playground, state=_read_state(state), **parts)   # made in the background; `wait` raises what went wrong
     def close(self):
+        "Closes all panels and stops what runs. An edit that is in place stays in the model: press Reset first, or `session.reset()`."
         for p in vars(self).get("panels", {}).values(): p.close()
         if "tabs" in vars(self): self.tabs.unobserve_all(); self.tabs.close()
         super().close()
@@ -1530,6 +1603,7 @@ def _restore_lab(lab:Lab, state:dict) -> None:
             for p in lab.panels.values(): _try(p, lambda: _fill(p))
             try: _resume(lab, state, tell)
             except BaseException: _forget(s); raise
+        _found_note(lab.explorer, "restore")
     except BaseException as e:
         known = isinstance(e, (KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError, TraitError))
         s.lost = ValueError(f"this state cannot be restored: {type(e).__name__}: {e}") if known else e
@@ -1544,7 +1618,7 @@ def _forget(s:Session) -> None:
 def _resume(lab:Lab, state:dict, tell:Callable) -> None:
     "History and controls of a state; what was measured is measured again for the state in place. Under the lock."
     s = lab.session
-    if s.checked != state["weights"]: raise ValueError(f"this state belongs to weights {state['weights']}, the model has {s.checked}: load the same model, unedited")
+    if s.checked != state["weights"]: raise ValueError(f"this state belongs to weights {state['weights']}, the model has {s.checked}: load the same model, unedited" + (f" (it holds {'; '.join(s.found)})" if s.found else ""))
     if state["seen"] != s.seen: _measure_anew(s, state["seen"], True)
     for k, spec in enumerate(state["history"]):
         tell(k, len(state["history"]), "making the edits again, edit"); spec = dict(spec); control = spec.pop("control")

@@ -3,9 +3,12 @@ import csv
 import gc
 import html
 import json
+import os
 import random
 import re
 import resource
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -679,3 +682,144 @@ def test_a_plan_of_other_blocks(P):
     lab = Lab(**dict(P, plan=dict(keep=[dict(rho=.8, blocks=[1])])), factors=collect(P["model"], P["clean"], targets="mlp", blocks=[0, 2], progress=False)).wait(60)
     assert list(lab.editor.c.blocks.options) == [0, 2] and lab.editor.c.strength.value == .8
     lab.explorer.step(-1); assert lab.explorer.eigen.target.block == 0
+
+
+@pytest.mark.parametrize("way", ["undo", "redo", "reset", "visit"])
+def test_a_cancelled_move_goes_nowhere(s, monkeypatch, way):
+    import curvtools.widgets as w
+    ed, real, start = Editor(s), w.readout, threading.Event()
+    for r in (.9, .6, .3): ed.plan(rho=r).apply()
+    if way != "reset": ed.undo()
+    for k, x in enumerate(s.states): x.seen = x.seen if k in (0, s.at) else None   # as after "Measure on"
+    if way == "reset": monkeypatch.setattr(w, "_measure_missing", lambda s: s.look())
+    go = {"visit": lambda: setattr(ed.c.history, "value", 1)}.get(way) or getattr(ed.c, way).click
+    shown = lambda: (s.at, s.back, s.ahead, s.checksum(), ed.c.weights.value, ed.c.readout.value, ed.c.history.value)
+    before = json.dumps(shown())
+    def cancelled(*a, **kw): ed.c.cancel.click(); return real(*a, **kw)
+    for broken, says in ((cancelled, f"{way}: cancelled; the model is as it was"), (lambda *a, **kw: 1/0, "ZeroDivisionError")):
+        monkeypatch.setattr(w, "readout", broken)
+        go(); ed.wait(60)
+        assert says in text(ed.c.status) and json.dumps(shown()) == before
+    monkeypatch.setattr(w, "readout", real)
+    go(); ed.wait(60); assert s.checksum() != json.loads(before)[3] and "done" in text(ed.c.status) and s.now.seen is not None
+    monkeypatch.setattr(s, "goto", lambda k: 1/0)
+    there = list(s.back), list(s.ahead)
+    for f in (s.undo, s.redo):
+        with pytest.raises((ZeroDivisionError, ValueError)): f()
+        assert (s.back, s.ahead) == there
+
+
+def test_the_control_stays_when_other_passages_are_measured(P, monkeypatch):
+    import curvtools.widgets as w
+    lab = Lab(Session(**P).load()); ed, s, real = lab.show("editor"), lab.session, w.readout
+    for r in (.9, .6): ed.plan(rho=r, blocks=[0, 1, 2]).apply()
+    ed.c.control.value = False; ed.plan(rho=.5).apply(); ed.undo()
+    ed.c.seen.value = 0; lab.wait(60)
+    n = lambda r: r["memorised.strict"].n
+    assert "control: the same in random directions" in text(ed.c.readout) and n(s.now.control) == n(s.now.seen) == 12
+    assert [(r["state"], r["control"]) for r in ed.data["frontier"]] == [(0, False), (2, False), (2, True)] and [h["control"] for h in lab.state["history"]] == [True, True, False]
+    assert "control" in lab.show("spectrum").c.bars.value
+    ed.visit(1); assert "control: the same" in text(ed.c.readout) and [r["state"] for r in ed.data["frontier"] if r["control"]] == [1, 2]
+    calls, before = [], (s.sample, s.now.seen, s.now.control, ed.c.readout.value)
+    def cancelled(*a, **kw):
+        calls.append(1)
+        if len(calls) == 2: ed.c.cancel.click()                   # while the control is measured
+        return real(*a, **kw)
+    monkeypatch.setattr(w, "readout", cancelled)
+    ed.c.seen.value = 64; lab.wait(60)
+    assert "measure again: cancelled" in text(ed.c.status) and ed.c.seen.value == s.seen == 0 and before == (s.sample, s.now.seen, s.now.control, ed.c.readout.value)
+
+
+def test_a_large_model_is_measured_on_other_passages_too(lab, monkeypatch):
+    ed = lab.show("editor").plan(rho=.5).apply()
+    monkeypatch.setattr(Panel, "slow", lambda p, what: True)
+    ed.c.seen.value = 0; lab.wait(60)
+    assert lab.session.seen == 0 and "memorised (n = 12)" in text(ed.c.readout)
+    ed.c.live.value = True; ed.undo(); ed.c.strength.value = .3; lab.wait(60)
+    assert lab.session.now.spec["strength"] == .3
+
+
+def test_measure_on_is_done_after_what_runs(lab, monkeypatch):
+    import curvtools.widgets as w
+    ed, go, started, real = lab.show("editor"), threading.Event(), threading.Event(), w.readout
+    monkeypatch.setattr(w, "readout", lambda *a, **kw: (started.set(), go.wait(30), real(*a, **kw))[2])
+    ed.c.apply.click(); started.wait(30)
+    ed.c.seen.value = 0; assert "Busy" in text(ed.c.status)
+    go.set(); lab.wait(60)
+    assert lab.session.seen == ed.c.seen.value == 0 and "memorised (n = 12)" in text(ed.c.readout)
+
+
+def test_a_state_that_is_not_measured_says_so(lab):
+    s, sp = lab.session, lab.show("spectrum")
+    assert "The original weights are in the model" in text(sp.c.note)
+    for r in (.5, .9): lab.editor.plan(rho=r).apply()
+    lab.editor.c.seen.value = 0; lab.wait(60)
+    s.undo(); sp.redraw()
+    assert s.at == 1 and "rho 0.5" in text(sp.c.note) and "not measured yet" in text(sp.c.note) and "original" not in text(sp.c.note) and not sp.c.bars.value
+    assert "not measured yet" in text(lab.show("editor").redraw().c.readout)
+    lab.editor.visit(1); lab.show("spectrum")
+    assert "Shares above chance" in text(sp.c.note) and "not measured yet" not in text(lab.editor.c.readout)
+
+
+@pytest.mark.parametrize("name", ["passages", "tokens", "questions", "collect_on"])
+def test_a_limit_of_none_is_refused(P, name):
+    for n in (0, -3):
+        with pytest.raises(ValueError, match=f"{name}={n}: at least 1"): Lab(**P, **{name: n})
+
+
+def test_a_cut_text_and_the_sampler_are_named(lab, P, monkeypatch):
+    import curvtools.widgets as w
+    p, says = lab.show("probe").paste("a"*64), "only the first"
+    assert "your text" in text(p.c.text) and says not in text(p.c.text)
+    assert f"your text ({says} 64 tokens are read)" in text(p.paste("a"*65).c.text)
+    monkeypatch.setattr(w, "_longest", 30); assert f"{says} 30 tokens" in text(p.paste("a"*31).c.text)
+    x, m = p.read(0, which="memorised", tier=64).passage, P["model"]
+    by_hand = lambda k: sum(torch.log_softmax(torch.where(z >= z.topk(k).values[-1], z, -torch.inf), -1)[t].item() for z, t in zip(m(input_ids=torch.tensor([x.ids])).logits[0, 7:-1].double(), x.suffix))
+    how = recite(m, Passages([x])).sampler; assert how == dict(temperature=1., top_k=40) and recite(m, Passages([x])).logp[0] == pytest.approx(by_hand(40), abs=1e-4)
+    monkeypatch.setattr(w, "recite", lambda *a, **kw: recite(*a, top_k=1, **kw)); lab.editor.plan(rho=.1, blocks=[0, 1, 2]).apply(); p.redraw()
+    assert "temperature 1, top 1)" in text(p.c.numbers) and "inf" not in text(p.c.numbers)      # what it never draws has probability 0
+    monkeypatch.undo(); lab.editor.undo(); p.redraw()
+    assert "in one sample (temperature 1, top 40)" in text(p.c.numbers) and f"{2.718281828459045**by_hand(40):.2g}" in text(p.c.numbers)
+
+
+def test_a_script_may_end_while_the_lab_collects():
+    code = "import time; from curvtools.widgets import Lab; from curvtools.zoo import playground; lab = Lab(playground(), collect_on=10**6)\nwhile lab.explorer.c.bar.value < 2: time.sleep(.01)\nprint(time.time())"
+    r = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1", PYTHONPATH=os.pathsep.join(sys.path)))
+    assert r.returncode == 0 and not r.stderr, r.stderr
+    assert time.time() - float(r.stdout) < 20                     # after the batch it is at
+
+
+def test_a_second_lab_says_that_an_edit_is_in_place(P):
+    first = Lab(**P).wait(60); first.show("editor").plan(rho=.2, blocks=[0, 1, 2]).apply()
+    title, edited = first.session.now.edit._title(), first.checksum()
+    assert "edited" in text(first.editor.c.weights) and "found" not in text(first.editor.c.weights)
+    second = Lab(**P); second.explorer.wait(60); ed = second.show("editor")
+    said = text(ed.c.weights)
+    assert f"Weights: as this Lab found them, with an edit in place already: {title}. To begin from the original, undo it" in said and "same as at the start." in said and "bit for bit" not in said
+    assert "curvature: done" in text(second.explorer.c.status) and title in text(second.explorer.c.status)
+    for p, w in (("editor", "readout"), ("editor", "history"), ("probe", "text"), ("probe", "numbers"), ("lens", "before"), ("spectrum", "note")):
+        c = getattr(second.show(p).c, w); got = str(c.options) if w == "history" else text(c)
+        assert "found" in got and "original" not in got, (p, w, got)
+    assert ed.plan(rho=.5).apply().session.active and f"on top of what this Lab found: {title}" in text(ed.c.weights)
+    ed.reset(); assert second.checksum() == edited
+    state = second.state
+    first.editor.reset(); assert "Weights: original" in text(first.editor.c.weights)
+    assert "Weights: changed by others" in text(ed.redraw().c.weights)
+    third = Lab(**P).wait(60)                                     # the cell is run again
+    assert "Weights: original" in text(third.show("editor").c.weights) and "bit for bit the original" in text(third.editor.c.weights) and "already" not in text(third.explorer.c.status)
+    with first.session.basis.keep(rho=.5).applied(P["model"]), pytest.raises(ValueError, match="load the same model, unedited .it holds Edit kfac"): Lab.from_state(state, **P).wait(60)
+    first.editor.visit(1); assert Session(**parts(1)).load().found == []   # another model
+
+
+def test_edits_are_found_without_touching_what_pretends(P):
+    import curvtools.widgets as w
+    from curvtools.edit import Applied
+    class Proxy:
+        asked = False
+        @property
+        def __class__(self): Proxy.asked = True; return Applied
+        def __getattr__(self, name): Proxy.asked = True; raise RuntimeError(name)
+    keep = [Proxy()]
+    s = Session(**P).load(); handle = s.basis.keep(rho=.5).apply(P["model"])
+    assert w._edits_in(P["model"]) == [handle] and w._edits_in(parts(1)["model"]) == [] and not Proxy.asked and keep
+    handle.undo(); assert w._edits_in(P["model"]) == []

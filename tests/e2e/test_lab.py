@@ -122,7 +122,7 @@ def test_apply_read_undo_redo_reset(lab, artifact, jupyter):
     lab.tab("Probe").has("Passage 1 of"); lab.out.get_by_role("group", name="edited").wait_for()       # both continuations
     assert lab.out.get_by_role("group", name="original").count() == 1
     lab.press("Next passage"); lab.has("Passage 2 of"); assert lab.role("spinbutton", "Number").input_value() == "2"
-    lab.press("Next that is still recited"); lab.says("look for the next(: done| failed)")
+    lab.says("passage: done"); lab.press("Next that is still recited"); lab.says("look for the next(: done| failed)")   # refused while the passage is drawn
     lab.tab("Spectrum").picture("Share kept of each behaviour"); lab.says(": done")    # a button that is pressed before that is refused as busy
     if jupyter["mode"] == "perCommTarget": pictures(lab, artifact)
 
@@ -197,3 +197,13 @@ def test_a_lab_from_its_state(lab):
     again.tab("Probe").has(r"Passage \d+ of .*seen 64 times")
     again.tab("Editor"); again.press("Reset"); again.weights("original"); assert again.checksum() == original
     lab.tab("Explorer")
+
+
+def test_a_second_lab_on_an_edited_model(lab):
+    lab.tab("Editor"); lab.role("listbox", "History").select_option(index=1); lab.weights("edited"); lab.says("visit: done"); edited = lab.checksum()
+    two = Hands(lab.nb, lab.nb.run("two = Lab(pg, collect_on=4096)\ntwo"))
+    two.says("curvature: done. The model held an edit already.*rho=0.845")
+    two.tab("Editor").weights("as this Lab found them, with an edit in place already: .*rho=0.845"); assert two.checksum() == edited
+    assert two.out.get_by_text("bit for bit").count() == 0 and two.out.get_by_role("columnheader", name="found weights").count() == 1
+    lab.press("Reset"); lab.weights("original"); lab.says("reset: done")
+    lab.tab("Explorer"); lab.nb.run("two.close()"); lab.nb.idle()

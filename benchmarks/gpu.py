@@ -6,6 +6,7 @@ this library beside the others in float32, and in bfloat16, on two smaller model
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -123,10 +124,12 @@ def ladder(sizes, device):
     return out
 
 
-def suite():
-    "The tests, on the machine with the GPU."
-    r = subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=ROOT, capture_output=True, text=True)
-    return dict(returncode=r.returncode, last=r.stdout.strip().splitlines()[-1:])
+def suite(log, *which):
+    "The tests, on the machine with the GPU: those of it first, then all. Every outcome is in `log` as it comes, so that a run that is cut short has said what it found."
+    runs = [which] if which else [("tests/test_gpu.py", "tests/test_scale.py", "tests/test_experts.py"), ("tests",)]
+    with open(log, "w") as f: codes = [subprocess.run([sys.executable, "-m", "pytest", "-vv", "-rfE", "--tb=short", "-p", "no:cacheprovider", *r], cwd=ROOT, stdout=f, stderr=subprocess.STDOUT).returncode for r in runs]
+    said = log.read_text().splitlines()
+    return dict(returncodes=codes, last=[x.strip("= ") for x in said if re.search(r"\d+ (passed|failed|error)", x) and " in " in x], bad=sorted({x.split(" - ")[0] for x in said if re.match("(FAILED|ERROR) .*::", x)}))
 
 
 def main(argv=None):
@@ -134,6 +137,7 @@ def main(argv=None):
     p = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     p.add_argument("--device", default="cuda"); p.add_argument("--tiny", action="store_true"); p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="the others stay in --out as they are, if it is of the same device")
+    p.add_argument("--tests", nargs="*", default=[], help="of the part tests: only these files")
     p.add_argument("--out", type=Path, default=ROOT/"benchmarks"/"gpu.json")
     a = p.parse_args(argv); d, rounds = a.device, 1 if a.tiny else a.rounds
     if d == "cuda" and not torch.cuda.is_available(): raise SystemExit("there is no GPU here; --tiny --device cpu runs the same lines on a small model")
@@ -143,7 +147,7 @@ def main(argv=None):
     sizes, shapes = ([64, 160], dict(small=(SMALL, (2, 33), 2, None))) if a.tiny else ([4096, 11008], {"SmolLM2-135M's shape": (SMOL, (64, 257), 6, range(23, 30)), "1.07 thousand million": (SHAPE_1B, (64, 257), 1, [14, 15])})
     seven = lambda **kw: collecting(model_7b(d, a.tiny), (2, 33) if a.tiny else (16, 513), rounds, d, **kw)
     do = dict(collect=seven, compiled=lambda: seven(samples=[1], compiled=True), beside=lambda: {k: beside(*how, rounds, d) for k, how in shapes.items()},
-              strips=lambda: strips(sizes, 128 if a.tiny else 8192, d), eigh=lambda: ladder(sizes, d), tests=suite)
+              strips=lambda: strips(sizes, 128 if a.tiny else 8192, d), eigh=lambda: ladder(sizes, d), tests=lambda: suite(a.out.with_suffix(".log"), *a.tests))
     for name in a.parts: r[name] = do[name](); a.out.write_text(json.dumps(r, indent=1) + "\n")      # a later part may fail
     print(report(r))
 
@@ -161,7 +165,7 @@ def report(r):
         lines += [f"  {k:<14}{say(x['seconds']):>32}{x['positions']/x['seconds']['median']:>11,.0f} tokens/s{x['faster']['median']:>6.2f} x ({x['faster']['min']:.2f} to {x['faster']['max']:.2f})" + (f"{x['peak']/1e9:>7.2f} GB" if x["peak"] else "") + f", A off {x['A']:.0e}, G {x['G']:.0e}" for k, x in rows.items()]
     lines += [f"x^T x, size/strips {k}: {say(x['seconds'])}, error {x['error']:.0e}" for k, x in r.get("strips", {}).items()]
     lines += [f"eigh {k}: " + (f"{x['seconds']:.2f} s, residual {x['residual']:.0e}" if "seconds" in x else x["error"]) for k, x in r.get("eigh", {}).items()]
-    if "tests" in r: lines.append(f"tests: {' '.join(r['tests']['last'])}")
+    if "tests" in r: lines += [f"tests: {x}" for x in r["tests"]["last"] + r["tests"]["bad"]]
     return "\n".join(lines)
 
 

@@ -64,6 +64,14 @@ def test_the_script_for_a_gpu_runs_here(tmp_path):
     assert r["device"] == "cpu" and r["collect"] and r["compiled"] and r["beside"] and r["eigh"] and r["strips"] and "tests" not in r
 
 
+def test_the_suite_tells_what_failed(tmp_path):
+    "And the log holds every outcome."
+    (tmp_path/"test_one.py").write_text("def test_right(): pass\ndef test_wrong(): assert 0\n")
+    r = gpu.suite(tmp_path/"log", "-n0", "--rootdir", str(tmp_path), str(tmp_path/"test_one.py"))
+    assert r["returncodes"] == [1] and len(r["bad"]) == 1 and "test_wrong" in r["bad"][0] and "1 failed, 1 passed" in r["last"][-1]
+    assert "test_right PASSED" in (log := (tmp_path/"log").read_text()) and "test_wrong FAILED" in log
+
+
 def test_tokens_for_the_same_edit(tmp_path, monkeypatch):
     "The study in small: rows from few tokens to many, the sums of an interrupted run taken up, the model as it was."
     from tiny import V, tiny

@@ -1,6 +1,6 @@
 """Every function that takes a model, once on the CPU and once on a GPU: the same numbers, the model as it was. Skipped where there is no GPU.
 
-`CURVTOOLS_GPU=cpu` runs the comparisons with the CPU in both places, to try the tests themselves.
+`CURVTOOLS_GPU=card` runs the comparisons on a device that only says it is none (card.py); tests/test_card.py does so. `CURVTOOLS_GPU=cpu` takes the CPU in both places, to try the tests themselves.
 Tolerances: float64 products in another order, 1e-8 relative to the largest entry; models that rotate take sines and cosines in float32, whatever their dtype, and those differ in the last digit: 1e-5.
 float32, 2e-3, as a GPU sums in other blocks and four layers multiply the difference."""
 import dataclasses
@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import LMS, MOES, V, tiny, tiny_inputs
 
+if os.environ.get("CURVTOOLS_GPU") == "card": import card                   # before curvtools
 from curvtools import baselines, budget, evaluate, fidelity, reading, recite, sharpness, spectra, sweep, tasks, vision
 from curvtools.data import Windows
 from curvtools.kfac import OuterSum, collect
@@ -18,9 +19,11 @@ from curvtools.targets import find_targets, fingerprints
 
 GPU = os.environ.get("CURVTOOLS_GPU", "cuda")
 real = torch.cuda.is_available() and GPU == "cuda"
-if not (real or GPU == "cpu"): pytest.skip("needs a GPU", allow_module_level=True)
+if not (real or GPU in ("cpu", "card")): pytest.skip("needs a GPU", allow_module_level=True)
 only = pytest.mark.skipif(not real, reason="needs a GPU itself")
 quiet = dict(progress=False)
+slow = pytest.mark.skipif(GPU == "card", reason="takes long where every operation goes through Python")
+no_forward = pytest.mark.skipif(GPU == "card", reason="no derivatives in forward mode there")
 
 
 def ids(n=4, T=12, seed=0): return torch.randint(3, V, (n, T), generator=torch.Generator().manual_seed(seed))
@@ -36,13 +39,13 @@ def numbers(x, at=""):
     elif hasattr(x, "rows") and isinstance(x.rows, list): yield from numbers(x.rows, at)
 
 
-def same(got, want, tol):
+def same(got, want, tol, floor=0.): # floor: what is equal as an absolute number
     a, b = dict(numbers(got)), dict(numbers(want))
     assert a and a.keys() == b.keys(), a.keys() ^ b.keys()
     for k in a:
         assert a[k].shape == b[k].shape, k
         size = float(b[k][b[k].isfinite()].abs().max()) if b[k].isfinite().any() else 0.
-        torch.testing.assert_close(a[k], b[k], rtol=tol, atol=tol * size, equal_nan=True, msg=lambda m: f"{k}: {m}")
+        torch.testing.assert_close(a[k], b[k], rtol=tol, atol=max(tol * size, floor), equal_nan=True, msg=lambda m: f"{k}: {m}")
 
 
 def both(make, f, tol):
@@ -57,7 +60,7 @@ def both(make, f, tol):
 
 # ---- tiny models in float64: every class, every kind of label
 
-@pytest.mark.parametrize("name", LMS)
+@pytest.mark.parametrize("name", [n if n in ("llama", "gpt2") else pytest.param(n, marks=slow) for n in LMS])
 @pytest.mark.parametrize("kw", [dict(), dict(labels="data"), dict(mc_samples=3), dict(sums="cpu")], ids=str)
 def test_factors(name, kw): both(lambda: tiny(name), lambda m: collect(m, [ids(), ids(3, 9, 1)], "all", **kw, **quiet), 1e-8 if name in ("gpt2", "opt") else 1e-5)
 
@@ -111,7 +114,7 @@ TINY = dict(
 )
 
 
-@pytest.mark.parametrize("what", TINY)
+@pytest.mark.parametrize("what", [pytest.param(k, marks=no_forward) if k in ("ggn_block", "component_curvature", "fidelity", "fidelity_whole") else k for k in TINY])
 def test_tiny(what): both(lambda: tiny("gpt2"), TINY[what], 1e-4 if what == "input_curvature" else 1e-6)       # a difference of gradients, divided by h
 
 
@@ -150,14 +153,15 @@ def edited(pg):
     with pg.edit(cut(pg)).applied(pg.model): return [float(evaluate.perplexity(pg.model, pg.heldout[:16], **quiet)), recite.recite(pg.model, some(pg), generate=False, **quiet)]
 
 
-@pytest.mark.parametrize("what", POND)
+@pytest.mark.parametrize("what", [pytest.param(k, marks=slow) if k in ("bands", "memory_score", "edited", "coupling", "readout", "relearn") else k for k in POND])
 def test_playground(what, pond):
     here, there = pond
     before = fingerprints(there.model, find_targets(there.model, "all"))
-    same(POND[what](there), POND[what](here), 2e-3)
+    same(POND[what](there), POND[what](here), .1 if what == "relearn" else 2e-3, 1e-4)     # margins of logits may be ties; Adam's first steps take the sign of a gradient that may be all rounding
     assert fingerprints(there.model, find_targets(there.model, "all")) == before
 
 
+@slow
 def test_image_playground():
     from curvtools.zoo import playground
     here, there = playground("vit"), playground("vit"); there.model.to(GPU)

@@ -657,6 +657,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'curvtools.kfac._Run.resume': ('kfac.html#_run.resume', 'curvtools/kfac.py'),
                                 'curvtools.kfac._Run.save': ('kfac.html#_run.save', 'curvtools/kfac.py'),
                                 'curvtools.kfac._Run.state': ('kfac.html#_run.state', 'curvtools/kfac.py'),
+                                'curvtools.kfac._Silent': ('kfac.html#_silent', 'curvtools/kfac.py'),
                                 'curvtools.kfac._Sums': ('kfac.html#_sums', 'curvtools/kfac.py'),
                                 'curvtools.kfac._Sums.__init__': ('kfac.html#_sums.__init__', 'curvtools/kfac.py'),
                                 'curvtools.kfac._Sums.check': ('kfac.html#_sums.check', 'curvtools/kfac.py'),

@@ -244,7 +244,7 @@ def _kept(a) -> str:
     f, size = Path(a.snapshot).expanduser(), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1: f = f.with_name(f"{f.name}.{os.environ.get('RANK', 0)}of{size}")
     if n := _gathered(f): return f"{f} keeps what {n:,} tokens gave; the same command again goes on from there"
-    return f"nothing was written, as {f} is first written after {a.every or 1_000_000:,} tokens (--every); the same command again starts anew"
+    return f"{f} was not written, as no batch was done; the same command again starts anew"
 
 # %% ../nbs/14_cli.ipynb #a58b880b
 def _check_source(factors, model, a):

@@ -786,6 +786,8 @@ def _read_snapshot(path, whose, sets, seen):
     except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as e: raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); remove it and collect from the start") from e
 
 # %% ../nbs/02_kfac.ipynb #55d650c3
+class _Silent(ValueError): "None of the experts saw a position."
+
 def _check_finite(model, targets):
     for t in targets:
         w = weight(model, t)
@@ -938,7 +940,9 @@ def collect(model, # a transformers model, or the id or folder of a causal one
     if snapshot and os.path.isdir(snapshot): raise ValueError(f"snapshot={str(snapshot)!r} is a folder: name a file in it")
     with _opened(model, batches, alone) as (stream, first, total, peers):
         if peers and snapshot: snapshot = peers.own(snapshot)
-        return _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt, on_nan=on_nan, snapshot=snapshot, every=every, stop=.01 if stop == "converged" else stop, peers=peers, sums=sums, mc_samples=mc_samples)
+        got = _collect(model, stream, first, total, chosen, labels, seed, tokens, chunk, progress, on_interrupt, on_nan=on_nan, snapshot=snapshot, every=every, stop=.01 if stop == "converged" else stop, peers=peers, sums=sums, mc_samples=mc_samples)
+    if got is None: raise _Silent(f"no position was routed to {chosen[0].name}" + (f" and {len(chosen) - 1} others" if len(chosen) > 1 else "") + ": collect on more text, or on other experts")
+    return got
 
 # %% ../nbs/02_kfac.ipynb #5e75f0ad
 class _Sums:

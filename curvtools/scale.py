@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .decompose import Basis, _decompose, eigen
-from .kfac import Factor, Factors, _batch, _batches, _checksum, _hash, _peers, _sums, _unpack, collect
+from .kfac import Factor, Factors, _Silent, _batch, _batches, _checksum, _hash, _peers, _sums, _unpack, collect
 from .targets import find_targets, fingerprints, _STACKED
 
 # %% ../nbs/26_scale.ipynb #f985de88
@@ -245,8 +245,8 @@ def _group(metas, path, model, batches, group, how, peers, **kw):
         meta = None if peers and peers.rank else _same_group(path, prints, how)
         meta = peers.all(f"kept {path.name}", meta)[0] if peers else meta
         _one_text(path, meta, metas, True); metas[path] = meta; return
-    factors = collect(model, batches, group, **(dict(kw, on_interrupt="raise") if kw.get("on_interrupt") == "return" else kw))
-    if factors is None: return warnings.warn(f"no position was routed to {group[0].name}{f' and {len(group) - 1} others' if len(group) > 1 else ''}: there is no {path.name}")
+    try: factors = collect(model, batches, group, **(dict(kw, on_interrupt="raise") if kw.get("on_interrupt") == "return" else kw))
+    except _Silent as e: return warnings.warn(f"{e}; there is no {path.name}")
     factors.meta["groups"] = how; _one_text(path, factors.meta, metas, False)
     if not peers or peers.rank == 0: factors.save(path)
     metas[path] = factors.meta

@@ -349,3 +349,9 @@ def test_factors_with_silent_experts_are_saved_and_read(tmp_path):
     assert [x.count for x in g.values()] == [x.count for x in f.values()] and all(torch.equal(g[n].G, f[n].G) for n in f)
     with pytest.raises(ValueError, match="no position"): (0*f).save(tmp_path/"g")
     assert not (tmp_path/"g").exists()
+
+
+def test_no_position_for_any_expert_is_an_error():
+    model, ids = tiny("qwen3_moe"), [torch.full((1, 2), 3)]
+    silent = [x.target for x in collect(model, ids, "experts", progress=False).values() if x.count == 0]
+    with pytest.raises(ValueError, match="no position was routed to .* and 1 others: collect on more text"): collect(model, ids, silent[:2], progress=False)

@@ -245,6 +245,7 @@ def _group(metas, path, model, batches, group, how, peers, **kw):
         meta = None if peers and peers.rank else _same_group(path, prints, how)
         meta = peers.all(f"kept {path.name}", meta)[0] if peers else meta
         _one_text(path, meta, metas, True); metas[path] = meta; return
+    if kw.get("snapshot"): kw["snapshot"] = f"{kw['snapshot']}.{path.stem}"  # each group's own
     try: factors = collect(model, batches, group, **(dict(kw, on_interrupt="raise") if kw.get("on_interrupt") == "return" else kw))
     except _Silent as e: return warnings.warn(f"{e}; there is no {path.name}")
     factors.meta["groups"] = how; _one_text(path, factors.meta, metas, False)

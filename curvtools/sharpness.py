@@ -78,6 +78,7 @@ def _pictures(items): return isinstance(items, image_batches) or isinstance(item
 
 def _items(model, items, batch_size):
     "A list of (indices, batch), of images or text. Batches of text that come as such stay as they are."
+    if torch.is_tensor(items) and items.dim() == 4: items = image_batches(items)
     if _pictures(items): return _image_items(model, items, batch_size)
     whole = _is_passages(items) or torch.is_tensor(items) or isinstance(items, Windows)
     return list(_texts(model, items, batch_size or (8 if whole else None), "suffix"))

@@ -430,3 +430,11 @@ def test_sums_elsewhere():
     assert near(collect(model, batches(), sums="cpu", progress=False), collect(model, batches(), progress=False), 0)
     for bad in ("gpu", "cuda:99", 3.5):
         with pytest.raises(ValueError, match="no device"): collect(model, batches(), sums=bad)
+
+
+def test_every_group_has_a_snapshot_of_its_own(tmp_path):
+    model, data = tiny("llama"), [torch.randint(3, 37, (4, 9), generator=torch.Generator().manual_seed(s)) for s in range(3)]
+    paths = collect_in_groups(model, data, tmp_path/"f", 1, "mlp", progress=False, snapshot=tmp_path/"sums")
+    assert len(paths) > 1 and len(list(tmp_path.glob("sums.factors-*of*[0-9]"))) == len(paths)
+    want = collect(model, data, "mlp", progress=False)
+    assert near({n: f for p in paths for n, f in Factors.load(p).items()}, want, 1e-12)

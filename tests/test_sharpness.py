@@ -253,3 +253,9 @@ def test_counts_that_mean_nothing_are_named():
         with pytest.raises(ValueError, match="counts"): cancelling(K, **kw)
     assert [r["n"] for r in cancelling(K, counts=(1, 2, 9))] == [1, 2]
     with pytest.raises(ValueError, match="steps=0"): sharpest(tiny("llama"), passages(), steps=0)
+
+
+def test_images_as_a_tensor():
+    m, x = tiny("vit"), tiny_inputs("vit", 3)["pixel_values"]
+    a, b = (rows(m, y, "mlp", labels="uniform", progress=False) for y in (x, image_batches(x)))
+    assert all(torch.equal(a[n].g, b[n].g) for n in b)

@@ -153,7 +153,7 @@ def forecast(model, # a transformers model; its weights may be on the meta devic
              mc_samples:int=1, # as for `collect`
              stop=None, on_nan:str="raise" # as for `collect`; each that is set costs a copy of the sums, which `.factors` counts
             )->Forecast: # bytes beyond the model, and FLOPs of a batch
-    "What `collect` will hold and compute, from a rehearsal on tensors without numbers. ValueError or TypeError as from `collect`; `.check(available_memory(device))` raises MemoryError if it cannot fit."
+    "What `collect` will hold and compute, from a rehearsal on tensors without numbers (a hundredth of a second for each expert's matrix; `blocks=` takes fewer). ValueError or TypeError as from `collect`; `.check(available_memory(device))` raises MemoryError if it cannot fit."
     from torch._subclasses.fake_tensor import FakeTensorMode
     if labels not in ("sample", "data"): raise ValueError(f'a forecast knows labels "sample" and "data", not {labels!r}')
     _check_settings(labels, tokens, chunk, "raise", on_nan, 1, mc_samples, stop)

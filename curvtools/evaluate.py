@@ -798,6 +798,7 @@ def relearn(
     sets = dict(trained=a) if on is None else dict(first_half=a)
     sets |= dict(other_half=b) | ({} if control is None else dict(never_seen=_checked(model, control)))
     if not (steps := sorted(set(steps))) or any(s < 0 or s != int(s) for s in steps) or batch_size < 1 or not lr > 0: raise ValueError(f"steps={steps}, batch_size={batch_size}, lr={lr}: steps are whole numbers from 0 on, the others above 0.")
+    steps = [int(s) for s in steps]
     lessons, rows, loss = _lessons(model, a if on is None else _checked(model, on) if _is_passages(on) else on, batch_size, seed), [], None
     with _restored(model), torch.inference_mode(False), torch.enable_grad(), tqdm(total=steps[-1], desc="relearn", unit="step", disable=not progress, delay=2, leave=False) as bar:
         model.eval()

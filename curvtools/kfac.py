@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -728,7 +729,8 @@ def _whose(model, targets, **how):
     "What must be equal for a snapshot to be gone on with."
     kept = [_stored(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n, _ in model.named_parameters()]
     weights = _hash(hashlib.blake2b(digest_size=8), [*kept, *model.buffers()]).hexdigest()
-    config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"} if hasattr(model, "config") else None
+    notes = ("_name_or_path", "architectures", "dtype", "transformers_version")                       # what `save_pretrained` and versions change
+    config = {k: v for k, v in model.config.to_dict().items() if k not in notes} if hasattr(getattr(model, "config", None), "to_dict") else None
     wiring = hashlib.blake2b(f"{model!r}{json.dumps(config, sort_keys=True, default=str)}".encode(), digest_size=8).hexdigest()   # activations, epsilons, scales
     return dict(how, targets=[[t.name, t.d_out, t.d_in] for t in targets], dtype=str(next(model.parameters()).dtype), model=weights, config=wiring)
 
@@ -956,7 +958,7 @@ class _Sums:
         from types import SimpleNamespace as Half
         from curvtools.budget import agreement
         halves = [{name: Half(A=A[self.rec.leader[name]].full(), G=G[name].full()) for name in G} for A, G in self.sets]
-        self.checks.append([tokens, agreement(*halves)])
+        if math.isfinite(a := agreement(*halves)): self.checks.append([tokens, a])   # not where no expert has seen anything yet
     @property
     def converged(self): return bool(self.stop and self.checks and self.checks[-1][1] >= 1 - self.stop)
     def together(self):
@@ -1020,8 +1022,10 @@ def _passes(run, stream, bar, draw, one, skip, path, whose, every):
         else:
             seen = run.seen.copy() if skip else None
             with _unbroken():
-                if not run.batch(one, lambda: draw(b), skip): run.seen = seen
-                run.note(b, path); run.check(tokens)
+                try:
+                    if not run.batch(one, lambda: draw(b), skip): run.seen = seen
+                    run.note(b, path); run.check(tokens)
+                except KeyboardInterrupt: run.whole = False; raise           # the second one: a batch may be in the sums and not in the counters
             since += size
             if path and since >= every: run.save(path, whose); since = 0
         bar.update(size); bar.set_postfix(dict(skipped=len(run.skipped)) if run.skipped else {}, refresh=False, **(dict(agreement=f"{run.checks[-1][1]:.4f}") if run.checks else {}))

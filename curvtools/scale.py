@@ -223,7 +223,8 @@ def collect_in_groups(model, # a loaded model
                       **kw # further arguments of `collect`; on_interrupt="return" gives the groups that are whole, in one process only
                      )->list: # paths, each with the `Factors` of one group; none for a group of experts to which no position was routed
     "Collect some matrices at a time, and save each group: as many passes as groups, never more sums than `memory`."
-    if iter(batches) is batches: raise TypeError("a generator can be read only once, and every group needs a pass; give a list of batches, or Windows")
+    source = batches.items if isinstance(batches, Shard) else batches
+    if iter(source) is source: raise TypeError("a generator can be read only once, and every group needs a pass; give a list of batches, or Windows")
     groups, peers, metas = _in_groups(find_targets(model, targets, blocks, projections), memory), None if kw.get("alone") else _peers(), {}
     with peers or contextlib.nullcontext():
         how = _how(batches, bool(peers), **kw); how = peers.all("how", how)[0] if peers else how

@@ -28,7 +28,7 @@ from .edit import Edit, _write_text, planned
 from .evaluate import _flat_share, _inputs
 from .kfac import collect, effective_rank, frozen, _check_images, load_tensors, save_tensors, _read_safetensors
 from .plots import GREEN, ORANGE, RED, _Figure
-from .recite import bootstrap, wilson
+from .recite import _measuring, bootstrap, wilson
 
 # %% ../nbs/12_vision.ipynb #5388f5ec
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -122,7 +122,7 @@ def predict(
     batch_size:int=256, # images a pass
 ) -> Tensor: # class indices int64 [N]
     "The class that the model gives to each image. The model is left as found."
-    with frozen(model), torch.inference_mode(): return torch.cat([model(pixel_values=pixels(x).to(model.device)).logits.argmax(-1).cpu() for x in images.split(batch_size)])
+    with _measuring(model): return torch.cat([model(pixel_values=pixels(x).to(model.device)).logits.argmax(-1).cpu() for x in images.split(batch_size)])
 
 # %% ../nbs/12_vision.ipynb #4367f2d0
 def _check_labels(images, noised, true, heldout, classes=256):

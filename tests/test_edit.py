@@ -418,7 +418,7 @@ def test_random_control(llama):
 
 
 @pytest.mark.parametrize("kw,match", [(dict(rho={1: .6, 2: 7}), "rho must lie between 0 and 1, got 7 for block 2"), (dict(rho={1: .6, 2: "a"}), "got 'a' for block 2"), (dict(rho={1: .6, 2: True}), "got True"),
-    (dict(rho={1: .6, 77: .9}, blocks=[1]), "given for block 77, which is not among"), (dict(rho=.5, blocks=True), "whole numbers, not True"), (dict(rho=.5, blocks="1"), "whole numbers, not '1'")])
+    (dict(rho={"0": .5, 0: .9}), "two strengths for one block"), (dict(rho={1: .6, 77: .9}, blocks=[1]), "given for block 77, which is not among"), (dict(rho=.5, blocks=True), "whole numbers, not True"), (dict(rho=.5, blocks="1"), "whole numbers, not '1'")])
 def test_every_part_of_a_dictionary_of_strengths_is_looked_at(kw, match):
     _, b = made()
     with pytest.raises(ValueError, match=match): b.keep(**kw)

@@ -525,6 +525,7 @@ def test_padding_and_masked_labels_teach_nothing(llama):
     assert math.isclose(a.rows[-1]["loss"], b.rows[-1]["loss"], rel_tol=1e-6)
     with pytest.raises(ValueError, match="nothing to train on"): relearn(llama, passages(), on=[dict(input_ids=text, labels=torch.full_like(text, -100))], progress=False)
     with pytest.raises(ValueError, match="whole numbers"): relearn(llama, passages(), steps=(0, .5), progress=False)
+    assert [r["step"] for r in relearn(llama, passages(), steps=(0, 1.), progress=False).rows] == [0, 1]
     for f in (lambda: position_stress(llama, passages(), batch_size=0), lambda: as_scores(llama)):
         with pytest.raises(ValueError, match="batch_size="): f()
 

@@ -2,6 +2,7 @@
 
 Tolerance: float64 sums of a few hundred products in another order, 1e-8 relative to the largest entry."""
 import json
+import math
 import signal
 import types
 from types import SimpleNamespace
@@ -355,3 +356,12 @@ def test_no_position_for_any_expert_is_an_error():
     model, ids = tiny("qwen3_moe"), [torch.full((1, 2), 3)]
     silent = [x.target for x in collect(model, ids, "experts", progress=False).values() if x.count == 0]
     with pytest.raises(ValueError, match="no position was routed to .* and 1 others: collect on more text"): collect(model, ids, silent[:2], progress=False)
+
+
+def test_experts_that_saw_nothing_yet_have_not_converged():
+    "Two halves without a position agree about nothing; the text goes on."
+    model, dull = tiny("qwen3_moe"), torch.full((8, 16), 3)
+    silent = [x.target for x in collect(model, [dull], "experts", progress=False).values() if x.count == 0]
+    batches = [dull] * 8 + [torch.randint(3, V, (8, 16), generator=torch.Generator().manual_seed(s)) for s in range(4)]
+    f = collect(model, batches, silent, stop=.5, progress=False)
+    assert any(x.count for x in f.values()) and math.isfinite(f.meta.get("agreement", 0.))

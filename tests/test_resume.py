@@ -295,3 +295,26 @@ def test_an_image_with_nan_is_skipped():
     for order in ((good, bad), (bad, good)):
         f = collect(model, [dict(pixel_values=x) for x in order], on_nan="skip", **KW)
         assert f.meta["skipped"] == 1 and all(torch.equal(f[n].A, x.A) and torch.equal(f[n].G, x.G) for n, x in collect(model, [dict(pixel_values=good)], **KW).items())
+
+
+@pytest.mark.parametrize("where", ["note", "check"])
+def test_a_second_ctrl_c_after_the_sums(where, tmp_path, monkeypatch):
+    "The batch is in the sums and not yet in the counters: no snapshot of that is written, and nothing is counted twice."
+    import signal
+    model, p, batches = tiny("llama"), tmp_path/"s", IDS.split(2); real, n = getattr(kfac._Run, where), [0]
+    def twice(self, *args):
+        n[0] += 1
+        if n[0] == 4: signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
+        return real(self, *args)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt) as e:
+        m.setattr(kfac._Run, where, twice); collect(model, batches, snapshot=p, every=32, **KW)
+    assert e.value.partial is None and kfac.load_tensors(p, kfac._SNAPSHOT)[1]["state"]["read"] < 4
+    assert equal(collect(model, batches, snapshot=p, every=32, **KW), collect(model, batches, **KW))
+
+
+def test_a_snapshot_outlives_saving_the_model(tmp_path):
+    "save_pretrained writes class and dtype into the configuration."
+    model, p, batches = tiny("llama"), tmp_path/"s", IDS.split(2)
+    with pytest.raises(ConnectionError): collect(model, until(3, batches), snapshot=p, every=1, **KW)
+    model.save_pretrained(tmp_path/"m")
+    assert equal(collect(model, batches, snapshot=p, every=1, **KW), collect(model, batches, **KW))

@@ -432,6 +432,11 @@ def test_sums_elsewhere():
         with pytest.raises(ValueError, match="no device"): collect(model, batches(), sums=bad)
 
 
+def test_a_part_of_a_stream_is_no_list(tmp_path):
+    data = [torch.randint(3, 37, (4, 9))] * 4
+    with pytest.raises(TypeError, match="read only once"): collect_in_groups(tiny("llama"), Shard(iter(data), 0, 2), tmp_path/"f", 1, "mlp", progress=False)
+
+
 def test_every_group_has_a_snapshot_of_its_own(tmp_path):
     model, data = tiny("llama"), [torch.randint(3, 37, (4, 9), generator=torch.Generator().manual_seed(s)) for s in range(3)]
     paths = collect_in_groups(model, data, tmp_path/"f", 1, "mlp", progress=False, snapshot=tmp_path/"sums")

@@ -469,6 +469,8 @@ def test_cls_is_one_vector_in_the_first_block(pg):
 def test_modes_and_settings(pg):
     m = new_vit(hidden=16, blocks=2, mlp=32, heads=2).train(); m.vit.layers[0].eval(); modes = [x.training for x in m.modules()]
     predict(m, pg.images[:3]); assert modes == [x.training for x in m.modules()]
+    with torch.inference_mode(): made = new_vit(hidden=16, blocks=2, mlp=32, heads=2)
+    assert len(predict(made, pg.images[:3])) == 3 and all(p.requires_grad for p in made.parameters())
     for k in ("epochs", "look", "pause", "batch"):
         with pytest.raises(ValueError, match=f"{k}=0 must be 1 or more"): train_vit(pg.images[:40], pg.noised[:40], pg.true[:40], torch.tensor([0]), **dict(TINY, **{k: 0}))
     with pytest.raises(ValueError, match="fewer than two classes"): noise_labels(torch.zeros(4, dtype=torch.long), n_classes=0)

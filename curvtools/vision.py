@@ -441,6 +441,7 @@ def image_shares(
 ) -> dict: # name of a target -> share of each image, [N], in [0, 1]
     "Share of the input energy in the flattest directions, image by image. The model is left as it was. ValueError for other tokens, or a share of no direction."
     if tokens not in ("cls", "all") or not 0 < flat < 1: raise ValueError(f'tokens={tokens!r} must be "cls" or "all", and flat={flat} a share between 0 and 1.')
+    if pixel_values.ndim != 4: raise ValueError(f"Images for the model are floats [n, channels, height, width], as pixels(images) makes them, not {list(pixel_values.shape)}.")
     _check_images(pixel_values, model)
     found = {n: [] for n in basis}
     def see(name, x):

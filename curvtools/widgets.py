@@ -734,7 +734,7 @@ _fixed = dict(spectrum=.32, mass=.37, region=.27, energy=.4)             # room 
 def _figure(p, name:str, alt:str, f:Callable, rows:list, size:tuple) -> None:
     "Draw a figure of this panel again, on the same Figure, and show it; `rows` are its data."
     if name not in p.figures:
-        p.figures[name] = Figure(figsize=size, dpi=100, facecolor="white", layout=None if name in _fixed else "constrained")
+        p.figures[name] = Figure(figsize=size, dpi=100, facecolor="white", layout="none" if name in _fixed else "constrained")
     f(p.figures[name]); p.data[name] = rows
     if name in _fixed: p.figures[name].subplots_adjust(left=.2, right=.97, top=.85, bottom=_fixed[name])       # half the time of a constrained layout
     getattr(p.c, name).value = img(p.figures[name], alt)

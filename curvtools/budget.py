@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .decompose import _decompose, staircase
 from .experts import _ExpertRecorder, experts_function, grouped_experts
-from .kfac import Forecast, OuterSum, _batch, _check_settings, _chunk, _probe, _Recorder, _sums, frozen, head_grad, split_head
-from .targets import find_targets, weight, _cut_up, _stack, _stacks
+from .kfac import Forecast, _batch, _check_settings, _chunk, _probe, _Recorder, _sums, frozen, head_grad, split_head
+from .targets import find_targets, _cut_up, _stacks
 
 # %% ../nbs/25_budget.ipynb #537fb233
 from torch.utils import _pytree
@@ -83,13 +83,6 @@ class _Evenly(TorchFunctionMode):
 
 class _EvenRecorder(_ExpertRecorder):
     "The recorder of a model with experts, all of which are computed in segments, targets or not."
-    def __init__(self, model, targets, leader):
-        _Recorder.__init__(self, model, [t for t in targets if t.expert is None], leader)
-        self.leader, self.stacks, self.model = leader, {}, model
-        for t in targets:
-            if t.expert is None: continue
-            W = weight(model, t); self.stacks.setdefault(_stack(t), {})[t.expert] = t.name
-            self.A[t.name], self.G[t.name] = (OuterSum(d, W.dtype, W.device) for d in (t.d_in, t.d_out))
     def run(self, path, m, usual, *args): return super().run(path, m, grouped_experts, *args)
 
 def _leaders(twin, trunk, inputs, chosen):

@@ -394,6 +394,10 @@ def _block(b:Any, n_blocks:int|None) -> int:
     if not n_blocks: raise ValueError(f"block {b} counts from the end of the model, and this basis does not know how many blocks that has: basis.bind(model) first, or give the index from 0")
     return int(b) + n_blocks
 
+def _block_of(blocks, n_blocks:int|None) -> dict: # as it was said -> index
+    "The indices of one block or of several."
+    return {b: _block(b, n_blocks) for b in ([blocks] if isinstance(blocks, (int, str)) else blocks)}
+
 def _of_experts(targets, experts): # names
     "Those of these experts; ValueError that says what there is."
     have = sorted({t.expert for t in targets if t.expert is not None})
@@ -409,7 +413,7 @@ def _pick(
 ) -> list: # names
     "Names of the targets in these blocks and projections and of these experts; ValueError that says what there is."
     have_b, have_p = sorted({t.block for t in targets}), sorted({t.projection for t in targets})
-    want = None if blocks is None else {b: _block(b, n_blocks) for b in ([blocks] if isinstance(blocks, (int, str)) else blocks)}
+    want = None if blocks is None else _block_of(blocks, n_blocks)
     bad = [b for b, c in (want or {}).items() if c not in have_b]
     if bad: raise ValueError(f"no target in block {', '.join(map(str, bad))}; there are blocks {have_b}")
     projections = [projections] if isinstance(projections, str) else projections

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from .targets import Target, fingerprint, fingerprints, weight, write_weight, _check_writable, _put_back, _read_target, _view
 from .decompose import Basis, Eigen, Staircase, check_weights, coefficients
-from .decompose import _block, _one_of, _pick
+from .decompose import _block_of, _one_of, _pick
 from .kfac import _check_notes, _html_table, _surely, _table, _unbroken, load_tensors, save_tensors
 
 # %% ../nbs/04_edit.ipynb #213e9a31
@@ -263,9 +263,9 @@ def _strengths(name:str, x, blocks, n_blocks:int|None) -> tuple: # function of a
     if not isinstance(x, dict): return (lambda b: x), blocks
     if not x: raise ValueError("the dictionary of strengths is empty; give {block: strength}")
     n, x = len(x), {int(b) if isinstance(b, str) and b.lstrip("-").isdigit() else b: v for b, v in x.items()}    # as JSON writes them
-    by = {_block(b, n_blocks): v for b, v in x.items()}
+    by = {i: x[b] for b, i in _block_of(x, n_blocks).items()}
     if bad := [b for b, v in by.items() if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= float(v) <= 1]: raise ValueError(f"{name} must lie between 0 and 1, got {by[bad[0]]!r} for block {bad[0]}")
-    if blocks is not None and (idle := by.keys() - {_block(b, n_blocks) for b in ([blocks] if isinstance(blocks, (int, str)) else blocks)}): raise ValueError(f"a strength is given for block {min(idle)}, which is not among blocks={blocks}")
+    if blocks is not None and (idle := by.keys() - _block_of(blocks, n_blocks).values()): raise ValueError(f"a strength is given for block {min(idle)}, which is not among blocks={blocks}")
     if len(by) < n: raise ValueError(f"two strengths for one block: {', '.join(map(str, x))} name only the blocks {sorted(by)}")
     def of(b):
         if b not in by: raise ValueError(f"no strength is given for block {b}, only for {sorted(by)}")

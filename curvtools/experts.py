@@ -107,13 +107,14 @@ class _ExpertRecorder(_Recorder):
     def __init__(self, model, targets, leader, sums=None):
         experts = [t for t in targets if t.role == "expert"]
         super().__init__(model, [t for t in targets if t.role != "expert"], leader, sums)
-        self.leader, self.stacks, self.model = leader, {}, model
+        self.leader, self.stacks, self.model, self.targets = leader, {}, model, list(targets)
         for t in experts:
             W = weight(model, t)
             self.A[t.name], self.G[t.name] = (OuterSum(d, W.dtype, sums or W.device) for d in (t.d_in, t.d_out))
             self.stacks.setdefault(_stack(t), {})[t.expert] = t.name
         self.A, self.G = ({t.name: d[t.name] for t in targets if t.name in d} for d in (self.A, self.G)) # in the model's order
-        self.note = f"; {find_targets(model, list(targets)).coverage}"
+    @property
+    def note(self): return f"; {find_targets(self.model, self.targets).coverage}"   # announced with a bar, and not looked for without
 
     def see(self, path, which, x, y):
         "Inputs into A; output gradients, once they come, into G. Gives the outputs."
